@@ -1,0 +1,1 @@
+"""Floor 4: from torch to the logical IR, the driver, the command line."""

@@ -1,0 +1,161 @@
+"""What an op is: one table entry with its doc, signature, attributes, verifier and semantics.
+
+`ref` is the reference semantics. The IR never imports torch: `ref` receives a context that carries
+it (`c.torch`), so an entry stays complete and a dump still opens without torch. The same `ref` runs
+on whole tensors and on shards: where the position of a shard matters, it asks `c.offset(dim)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Protocol
+
+from .module import Attr, Op
+from .signature import DimMap, Dim, Shape, Signature, SignatureError, instantiate
+from .types import Placement, TensorType
+
+FAMILIES = (
+    "contraction", "pointwise", "reduction", "row", "movement", "indexing", "creation", "random",
+    "optimizer", "collective", "control", "opaque",
+)  # fmt: skip
+
+
+class Context(Protocol):
+    """What a reference semantics may ask."""
+
+    torch: Any  #: the torch module
+    attrs: Mapping[str, Attr]
+
+    def offset(self, dim: str) -> int:
+        """First global index of this rank's part of an iteration dim; 0 where it is not split."""
+
+    def size(self, dim: str) -> int:
+        """Global size of an iteration dim."""
+
+    def shape(self, result: int = 0) -> tuple[int, ...]:
+        """Local shape of a result."""
+
+    def dtype(self, result: int = 0) -> Any:
+        """torch dtype of a result."""
+
+    def index(self, tensor: int, device: Any = None) -> Any:
+        """Global linear index (int64) of each element of this rank's part of result `tensor`."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttrSpec:
+    """An attribute: its kind (`int`, `float`, `bool`, `str`, `ints`, `any`) and default."""
+
+    kind: str
+    default: Attr | None = None  #: None: the attribute is required
+    doc: str = ""
+
+
+SignatureFn = Callable[[Sequence[Shape], Sequence[Shape], Mapping[str, Attr]], Signature]
+TypeRule = Callable[[Sequence[TensorType], Mapping[str, Attr]], Sequence[TensorType]]
+
+
+@dataclass(frozen=True)
+class OpDef:
+    """One op. A field without a default must be given: a missing one fails at import.
+
+    Attributes:
+        name: the op's name in the text form.
+        family: one of `FAMILIES`.
+        doc: one sentence, shown in the IR reference.
+        signature: a signature line, or a function of (operand shapes, result shapes, attrs) for
+            ops whose line depends on their attributes or arity; None for ops without one
+            (collectives, calls): those have rules of their own in the verifier.
+        ref: reference semantics, `ref(context, *operands)` -> tensor or tuple of tensors.
+        attrs: the attributes.
+        linear: groups of operands in which the op is jointly linear.
+        types: result types from operand types and attrs; None where the result type is given.
+        lse_results: the results' placements after the fix-up that `lower` adds where a dim is
+            combined by `lse`; empty for the ops that never need it.
+        flops_per_point: floating-point operations per point of the iteration space.
+        flops: the same for ops whose work is not proportional to their iteration space.
+        verify: more checks; returns a reason, or '' when all is well.
+        levels: the levels where the op may appear.
+    """
+
+    name: str
+    family: str
+    doc: str
+    signature: str | SignatureFn | None
+    ref: Callable[..., Any]
+    attrs: Mapping[str, AttrSpec] = field(default_factory=dict)
+    linear: tuple[tuple[int, ...], ...] = ()
+    types: TypeRule | None = None
+    lse_results: tuple[Placement, ...] = ()
+    flops_per_point: float = 1.0
+    flops: Callable[[Signature], float] | None = None
+    verify: Callable[[Op], str] | None = None
+    levels: tuple[str, ...] = ("logical", "placed", "spmd", "schedule")
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise ValueError(f"op {self.name}: unknown family {self.family}")
+        if not self.doc or not self.name:
+            raise ValueError(f"op {self.name!r}: a name and a doc are required")
+
+    def bind(
+        self, ins: Sequence[Shape], outs: Sequence[Shape], attrs: Mapping[str, Attr]
+    ) -> Signature:
+        """The signature on given shapes. Raises SignatureError where they do not fit."""
+        if self.signature is None:
+            raise SignatureError(f"{self.name} has no signature")
+        if callable(self.signature):
+            return self.signature(ins, outs, attrs)
+        return instantiate(self.signature, ins, outs, self.linear, self.lse_results)
+
+
+OPS: dict[str, OpDef] = {}
+
+
+def define(**fields: Any) -> OpDef:
+    """Add an entry to the op table."""
+    entry = OpDef(**fields)
+    if entry.name in OPS:
+        raise ValueError(f"op {entry.name} is defined twice")
+    OPS[entry.name] = entry
+    return entry
+
+
+def signature_of(op: Op) -> Signature:
+    """The signature of an op on its (global) shapes. Raises SignatureError, KeyError."""
+    ins = tuple(value.type.shape for value in op.operands)
+    outs = tuple(value.type.shape for value in op.results)
+    return _bind(op.name, ins, outs, tuple(sorted(op.attrs.items())))
+
+
+def flops_of(op: Op) -> float:
+    """Floating-point operations of an op on its global shapes; 0 without a signature."""
+    entry = OPS[op.name]
+    if entry.signature is None:
+        return 0.0
+    signature = signature_of(op)
+    if entry.flops is not None:
+        return entry.flops(signature)
+    return entry.flops_per_point * signature.points
+
+
+@lru_cache(maxsize=65536)
+def _bind(
+    name: str,
+    ins: tuple[Shape, ...],
+    outs: tuple[Shape, ...],
+    attrs: tuple[tuple[str, Attr], ...],
+) -> Signature:
+    return OPS[name].bind(ins, outs, dict(attrs))
+
+
+def maps_signature(
+    dims: Mapping[str, Dim],
+    operands: Sequence[DimMap],
+    results: Sequence[DimMap],
+    linear: tuple[tuple[int, ...], ...] = (),
+) -> Signature:
+    """A signature given by its maps, for ops whose line depends on their attributes."""
+    return Signature(dict(dims), tuple(operands), tuple(results), linear)

@@ -1,0 +1,74 @@
+"""Optimizer updates: pointwise, so any dim may be split and ZeRO stages are placements."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..opdef import AttrSpec, define
+
+_ADAM = {
+    "beta1": AttrSpec("float", 0.9), "beta2": AttrSpec("float", 0.999),
+    "eps": AttrSpec("float", 1e-8), "weight_decay": AttrSpec("float", 0.0),
+    "maximize": AttrSpec("bool", False),
+}  # fmt: skip
+
+
+def _adam(decoupled: bool) -> Any:
+    def ref(c: Any, p: Any, g: Any, m: Any, v: Any, step: Any, lr: Any) -> Any:
+        a = c.attrs
+        if a["maximize"]:
+            g = -g
+        if a["weight_decay"]:
+            if decoupled:
+                p = p * (1 - lr * a["weight_decay"]).to(p.dtype)
+            else:
+                g = g + a["weight_decay"] * p
+        m = m + (g - m) * (1 - a["beta1"])  # torch's lerp
+        v = v * a["beta2"] + (g * g) * (1 - a["beta2"])
+        t = step.to(c.torch.float64)
+        step_size = lr / (1 - a["beta1"] ** t)
+        denominator = v.sqrt() / (1 - a["beta2"] ** t).sqrt().to(v.dtype) + a["eps"]
+        return p - step_size.to(p.dtype) * (m / denominator), m, v
+
+    return ref
+
+
+_PMV = "a..., a..., a..., a..., _, _ -> a..., a..., a..."
+define(name="adam_update", family="optimizer", flops_per_point=15, signature=_PMV, attrs=_ADAM,
+       types=lambda ins, attrs: [ins[0], ins[2], ins[3]], ref=_adam(False),
+       doc="Adam: (param, grad, m, v, step, lr) -> param, m, v; `step` counts from 1, both scalars "
+           "are f64. Kingma and Ba, 2015; weight decay as an L2 term")  # fmt: skip
+define(name="adamw_update", family="optimizer", flops_per_point=16, signature=_PMV, attrs=_ADAM,
+       types=lambda ins, attrs: [ins[0], ins[2], ins[3]], ref=_adam(True),
+       doc="AdamW: as adam_update, weight decay apart from the gradient. Loshchilov and Hutter, "
+           "2019")  # fmt: skip
+
+
+def _sgd(c: Any, p: Any, g: Any, *rest: Any) -> Any:
+    a = c.attrs
+    *state, step, lr = rest
+    if a["maximize"]:
+        g = -g
+    if a["weight_decay"]:
+        g = g + a["weight_decay"] * p
+    if not state:
+        return p - lr.to(p.dtype) * g
+    (buffer,) = state
+    # the first step sets the buffer to the gradient, without dampening, as torch does
+    damp = c.torch.where(step <= 1, 1.0, 1.0 - a["dampening"]).to(p.dtype)
+    buffer = a["momentum"] * buffer + damp * g
+    g = g + a["momentum"] * buffer if a["nesterov"] else buffer
+    return p - lr.to(p.dtype) * g, buffer
+
+
+_SGD = {"weight_decay": AttrSpec("float", 0.0), "maximize": AttrSpec("bool", False)}
+define(name="sgd_update", family="optimizer", flops_per_point=4, attrs=_SGD,
+       signature="a..., a..., _, _ -> a...", types=lambda ins, attrs: [ins[0]], ref=_sgd,
+       doc="plain gradient descent: (param, grad, step, lr) -> param")  # fmt: skip
+define(name="momentum_update", family="optimizer", flops_per_point=7,
+       attrs={**_SGD, "momentum": AttrSpec("float"), "dampening": AttrSpec("float", 0.0),
+              "nesterov": AttrSpec("bool", False)},
+       signature="a..., a..., a..., _, _ -> a..., a...",
+       types=lambda ins, attrs: [ins[0], ins[2]], ref=_sgd,
+       doc="SGD with momentum: (param, grad, buffer, step, lr) -> param, buffer; the buffer starts "
+           "at 0")  # fmt: skip

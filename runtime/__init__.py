@@ -1,0 +1,1 @@
+"""Floor 1: runs plans; imports `ir` only."""

@@ -1,0 +1,1 @@
+"""weft: weave a one-device PyTorch program across a cluster."""
