@@ -62,7 +62,7 @@ def _along(line: str, linear: tuple[tuple[int, ...], ...]):  # type: ignore[no-u
         dim = int(attrs["dim"])  # type: ignore[arg-type]
         before = " ".join(f"b{i}" for i in range(dim))
         after = " ".join(f"c{i}" for i in range(len(outs[0]) - dim - 1))
-        return instantiate(line.replace("<", before).replace(">", after), ins, outs, linear)
+        return instantiate(line.replace("PRE", before).replace("POST", after), ins, outs, linear)
 
     return signature
 
@@ -70,22 +70,22 @@ def _along(line: str, linear: tuple[tuple[int, ...], ...]):  # type: ignore[no-u
 _DIM = {"dim": AttrSpec("int")}
 define(name="gather", family="indexing", flops_per_point=0,
        doc="y[i, j] = x[i, index[i, j]] for dim 1, and alike for others: (x, index) -> y",
-       signature=_along("< n! >, < m! > -> < m! >", ((0,),)), linear=((0,),), attrs=_DIM,
+       signature=_along("PRE n! POST, PRE m! POST -> PRE m! POST", ((0,),)), linear=((0,),), attrs=_DIM,
        types=lambda ins, attrs: [TensorType(ins[0].dtype, ins[1].shape)],
        ref=lambda c, x, index: x.gather(c.attrs["dim"], index))  # fmt: skip
 define(name="scatter", family="indexing", flops_per_point=0,
        doc="a copy of x with y[i, index[i, j]] = src[i, j]: (x, index, src) -> y",
-       signature=_along("< n! >, < m! >, < m! > -> < n! >", ((0, 2),)), linear=((0, 2),),
+       signature=_along("PRE n! POST, PRE m! POST, PRE m! POST -> PRE n! POST", ((0, 2),)), linear=((0, 2),),
        attrs=_DIM, types=lambda ins, attrs: [ins[0]],
        ref=lambda c, x, index, src: x.scatter(c.attrs["dim"], index, src))  # fmt: skip
 define(name="scatter_add", family="indexing", flops=_first,
        doc="x with src[i, j] added to y[i, index[i, j]]: (x, index, src) -> y",
-       signature=_along("< n! >, < m! >, < m! > -> < n! >", ((0, 2),)), linear=((0, 2),),
+       signature=_along("PRE n! POST, PRE m! POST, PRE m! POST -> PRE n! POST", ((0, 2),)), linear=((0, 2),),
        attrs=_DIM, types=lambda ins, attrs: [ins[0]],
        ref=lambda c, x, index, src: x.scatter_add(c.attrs["dim"], index, src))  # fmt: skip
 define(name="take", family="indexing", flops_per_point=0,
        doc="select along a dim by a vector of indices: (x, index) -> y",
-       signature=_along("< n! >, m -> < m >", ((0,),)), linear=((0,),), attrs=_DIM,
+       signature=_along("PRE n! POST, m -> PRE m POST", ((0,),)), linear=((0,),), attrs=_DIM,
        types=lambda ins, attrs: [TensorType(ins[0].dtype, (
            *ins[0].shape[:attrs["dim"]], *ins[1].shape, *ins[0].shape[attrs["dim"] + 1:]))],
        ref=lambda c, x, index: x.index_select(c.attrs["dim"], index))  # fmt: skip
@@ -97,5 +97,5 @@ def _take_backward(c: Any, dy: Any, index: Any) -> Any:
 
 define(name="take_backward", family="indexing", flops=_first,
        doc="gradient of take for its tensor: (dy, index) -> dx",
-       signature=_along("< m >, m -> < n! > ; m=sum", ((0,),)), linear=((0,),), attrs=_DIM,
+       signature=_along("PRE m POST, m -> PRE n! POST ; m=sum", ((0,),)), linear=((0,),), attrs=_DIM,
        ref=_take_backward)  # fmt: skip
