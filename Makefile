@@ -1,0 +1,36 @@
+# make demo   set up, then plan and run a Llama on 4 local processes next to eager PyTorch
+# make test   set up, then run the tests
+# make lint   types, style, direction of imports
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: demo test lint setup bench clean
+
+setup: $(STAMP)
+
+# torch first and alone: a range would admit a build with gigabytes of CUDA.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/python -m examples.demo --out out/demo
+
+test: setup
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup
+	for file in benchmarks/*.py; do $(BIN)/python $$file --quick || exit 1; done
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info src/*.egg-info

@@ -1,0 +1,76 @@
+"""All options in one place; the environment is read once, here.
+
+Precedence: a keyword of `weft.compile` or a flag of the command line, then the environment, then
+the default.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+
+from ..ir.errors import CompileError
+
+
+def _cache_dir(environ: Mapping[str, str]) -> Path:
+    if "WEFT_CACHE" in environ:
+        return Path(environ["WEFT_CACHE"])
+    base = environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "weft"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a compilation.
+
+    Attributes:
+        cluster: shorthand or TOML path; empty means the torchrun world, or this one device.
+        pipeline: text of the pass pipeline; empty means the default.
+        verify_each: check the module's rules after every pass.
+        cache: folder for things that can be rebuilt.
+        logs: names of what to log (`WEFT_LOGS=trace,place`).
+        progress: show progress on anything that takes over two seconds.
+        full_tracebacks: show weft's own frames in tracebacks (`WEFT_TRACEBACKS=full`).
+    """
+
+    cluster: str = ""
+    pipeline: str = ""
+    verify_each: bool = True
+    cache: Path = field(default_factory=lambda: _cache_dir(os.environ))
+    logs: tuple[str, ...] = ()
+    progress: bool = True
+    full_tracebacks: bool = False
+
+    @staticmethod
+    def from_environment(environ: Mapping[str, str]) -> Options:
+        """The defaults under an environment. Raises CompileError for a value that is no option."""
+        logs = tuple(part.strip() for part in environ.get("WEFT_LOGS", "").split(",") if part)
+        return Options(
+            cluster=environ.get("WEFT_CLUSTER", ""),
+            verify_each=environ.get("WEFT_VERIFY", "1") != "0",
+            cache=_cache_dir(environ),
+            logs=logs,
+            progress=environ.get("WEFT_PROGRESS", "1") != "0",
+            full_tracebacks=environ.get("WEFT_TRACEBACKS", "") == "full",
+        )
+
+    def with_(self, changes: Mapping[str, object]) -> Options:
+        """These options with some replaced. Raises CompileError for an unknown name."""
+        known = [f.name for f in fields(self)]
+        for name in changes:
+            if name not in known:
+                near = get_close_matches(name, known, 1)
+                raise CompileError(
+                    "W1001",
+                    f"unknown option {name!r}",
+                    reason=f"the options are {', '.join(known)}",
+                    hint=f"did you mean {near[0]!r}?" if near else "",
+                )
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+#: read once
+OPTIONS = Options.from_environment(os.environ)
