@@ -1,0 +1,84 @@
+"""Writing an artifact folder, all of it or nothing.
+
+Everything is written into a temporary folder beside the target and moved into place at the end, so
+that an interrupted compile leaves either the old artifact or none.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ..ir.errors import CompileError
+from ..runtime.artifact import FORMAT, PLAN, content_hash, file_hash, plan_hash
+
+
+class ArtifactWriter:
+    """Collects files in a temporary folder; `commit` moves them to the target at once.
+
+    Use as a context manager: leaving it without `commit` removes what was written.
+    """
+
+    def __init__(self, target: str | Path) -> None:
+        self.target = Path(target)
+        if self.target.exists() and not self.target.is_dir():
+            raise CompileError("W1001", f"{target} exists and is not a folder", hint="choose another -o")
+        if self.target.is_dir() and any(self.target.iterdir()) and not (self.target / PLAN).is_file():
+            raise CompileError(
+                "W1001",
+                f"{target} exists and is not an artifact; it would be overwritten",
+                hint="choose another -o, or remove the folder",
+            )
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        self.folder = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.", dir=self.target.parent))
+
+    def __enter__(self) -> ArtifactWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def text(self, name: str, text: str) -> None:
+        """Write a text file."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+    def gzipped(self, name: str, text: str) -> None:
+        """Write a compressed text file; the same text gives the same bytes."""
+        path = self.folder / name
+        with path.open("wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as stream:
+            stream.write(text.encode())
+
+    def tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write tensors as safetensors, shared storage written out once per name."""
+        plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+        save_file(plain, self.folder / f"{name}.safetensors")
+
+    def commit(self, info: Mapping[str, Any]) -> None:
+        """Write plan.json with the hashes of all files, and move the folder into place."""
+        files = {
+            str(path.relative_to(self.folder)): file_hash(path)
+            for path in sorted(self.folder.rglob("*"))
+            if path.is_file()
+        }
+        full = {"format": FORMAT, **info, "files": files, "content_hash": content_hash(files)}
+        full["plan_hash"] = plan_hash(json.loads(json.dumps(full)))
+        self.text(PLAN, json.dumps(full, indent=1) + "\n")
+        os.chmod(self.folder, 0o755)  # mkdtemp makes it private
+        if self.target.exists():
+            old = self.folder.with_name(self.folder.name + ".old")
+            self.target.rename(old)
+            self.folder.rename(self.target)
+            shutil.rmtree(old)
+        else:
+            self.folder.rename(self.target)
