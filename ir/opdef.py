@@ -26,6 +26,8 @@ class Context(Protocol):
     """What a reference semantics may ask."""
 
     torch: Any  #: the torch module
+    device: Any  #: where an op without operands creates its results
+    fused: bool  #: whether a fused kernel of the device may be used
     attrs: Mapping[str, Attr]
 
     def offset(self, dim: str) -> int:

@@ -27,7 +27,8 @@ def _scalar_types(ins: Sequence[TensorType], attrs: Mapping[str, Attr]) -> Seque
 
 define(name="constant", family="creation", flops_per_point=0,
        doc="a tensor filled with `value`", signature=_created, attrs={"value": AttrSpec("any")},
-       ref=lambda c: c.torch.full(c.shape(), c.attrs["value"], dtype=c.dtype()))  # fmt: skip
+       ref=lambda c: c.torch.full(
+           c.shape(), c.attrs["value"], dtype=c.dtype(), device=c.device))  # fmt: skip
 
 
 def _literal_verify(op: Op) -> str:
@@ -37,7 +38,7 @@ def _literal_verify(op: Op) -> str:
 
 
 def _literal(c: Any) -> Any:
-    whole = c.torch.tensor(c.attrs["values"], dtype=c.dtype())
+    whole = c.torch.tensor(c.attrs["values"], dtype=c.dtype(), device=c.device)
     return whole[c.index(0)] if c.shape() else whole.reshape(())
 
 
@@ -50,7 +51,7 @@ def _iota(c: Any) -> Any:
     dim = c.attrs["dim"]
     shape = c.shape()
     start = c.offset(f"a{dim}")
-    line = c.torch.arange(start, start + shape[dim])
+    line = c.torch.arange(start, start + shape[dim], device=c.device)
     view = [1] * len(shape)
     view[dim] = shape[dim]
     line = line * c.attrs["step"] + c.attrs["start"]
@@ -92,18 +93,18 @@ def _to_uniform(torch: Any, word: Any) -> Any:
 
 
 def _uniform(c: Any, seed: Any) -> Any:
-    word, _ = philox(c.torch, seed, c.index(0))
+    word, _ = philox(c.torch, seed, c.index(0, seed.device))
     return _to_uniform(c.torch, word).to(c.dtype())
 
 
 def _normal(c: Any, seed: Any) -> Any:
-    first, second = philox(c.torch, seed, c.index(0))
+    first, second = philox(c.torch, seed, c.index(0, seed.device))
     radius = (-2.0 * _to_uniform(c.torch, first).clamp_min(1e-7).log()).sqrt()
     return (radius * (2 * pi * _to_uniform(c.torch, second)).cos()).to(c.dtype())
 
 
 def _dropout(c: Any, x: Any, seed: Any) -> Any:
-    word, _ = philox(c.torch, seed, c.index(0))
+    word, _ = philox(c.torch, seed, c.index(0, seed.device))
     keep = _to_uniform(c.torch, word) >= c.attrs["p"]
     scale = 1.0 / (1.0 - c.attrs["p"]) if c.attrs["p"] < 1 else 0.0
     return x * (keep.to(x.dtype) * scale)

@@ -1,0 +1,190 @@
+"""What a reference semantics may ask while it runs: attributes, shapes, offsets, devices.
+
+An `OpContext` belongs to one op at one mesh coordinate. It answers from tables that it fills once,
+so an executor can keep it and call `OPS[op.name].ref(context, *tensors)` every step at no cost.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ir.errors import RunError
+from ..ir.module import Attr, Op
+from ..ir.opdef import OPS, signature_of
+from ..ir.signature import Signature
+from ..ir.types import Mesh, TensorType, local_range, local_shape, shard_offset, shard_size
+
+#: weft dtype name -> torch dtype
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16,
+    "f8e4m3": torch.float8_e4m3fn, "f8e5m2": torch.float8_e5m2, "i64": torch.int64,
+    "i32": torch.int32, "i16": torch.int16, "i8": torch.int8, "u8": torch.uint8,
+    "bool": torch.bool,
+}  # fmt: skip
+#: torch dtype -> weft dtype name
+WEFT_DTYPES: dict[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+def tensor_type(tensor: Tensor) -> TensorType:
+    """The type of a whole tensor. Raises KeyError for a dtype that weft does not have."""
+    return TensorType(WEFT_DTYPES[tensor.dtype], tuple(tensor.shape))
+
+
+class OpContext:
+    """What one op's reference semantics may ask, at one mesh coordinate.
+
+    Args:
+        op: the op; its operand and result types hold global shapes.
+        mesh: the mesh; None for one logical device.
+        coord: this rank's coordinate on the mesh; None with a mesh means rank 0.
+        device: where ops without operands create their tensors.
+        fused: whether a semantics may call a fused kernel of the device where one exists. The
+            interpreter, being the oracle, never does; an executor should.
+
+    Raises SignatureError at the first question whose answer needs a signature that does not fit.
+    """
+
+    torch: ModuleType = torch
+
+    def __init__(
+        self,
+        op: Op,
+        mesh: Mesh | None = None,
+        coord: Sequence[int] | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        fused: bool = False,
+    ) -> None:
+        self.op = op
+        self.mesh = mesh or Mesh()
+        self.coord = tuple(coord) if coord is not None else (0,) * len(self.mesh.axes)
+        self.device = torch.device(device)
+        self.fused = fused
+        specs = OPS[op.name].attrs
+        defaults = {name: spec.default for name, spec in specs.items() if spec.default is not None}
+        self.attrs: Mapping[str, Attr] = {**defaults, **op.attrs}
+        self._dtypes = tuple(TORCH_DTYPES[value.type.dtype] for value in op.results)
+        self._ranges: dict[str, tuple[int, int]] = {}
+
+    @cached_property
+    def signature(self) -> Signature:
+        """The op's signature on its global shapes."""
+        return signature_of(self.op)
+
+    @cached_property
+    def _states(self) -> tuple[str, ...]:
+        return tuple(self.op.split.get(name, "") for name in self.mesh.names)
+
+    @cached_property
+    def _local_types(self) -> tuple[TensorType, ...]:
+        """Result types under the placements that the op's own split gives them."""
+        types = tuple(value.type for value in self.op.results)
+        if not any(self._states):
+            return tuple(type.placed(None) for type in types)
+        _, placements = self.signature.placements(self._states)
+        return tuple(type.placed(p) for type, p in zip(types, placements, strict=True))
+
+    @cached_property
+    def _shapes(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(local_shape(type, self.mesh, self.coord) for type in self._local_types)
+
+    def _range(self, dim: str) -> tuple[int, int]:
+        """(offset, size) of this rank's part of an iteration dim."""
+        found = self._ranges.get(dim)
+        if found is None:
+            offset, size = 0, self.signature.size(dim)
+            for state, parts, index in zip(self._states, self.mesh.sizes, self.coord, strict=True):
+                if state == dim:
+                    offset += shard_offset(size, parts, index)
+                    size = shard_size(size, parts, index)
+            found = self._ranges[dim] = (offset, size)
+        return found
+
+    def offset(self, dim: str) -> int:
+        """First global index of this rank's part of an iteration dim; 0 where it is not split."""
+        return self._range(dim)[0]
+
+    def size(self, dim: str) -> int:
+        """Global size of an iteration dim."""
+        return self.signature.size(dim)
+
+    def shape(self, result: int = 0) -> tuple[int, ...]:
+        """Local shape of a result."""
+        return self._shapes[result]
+
+    def dtype(self, result: int = 0) -> torch.dtype:
+        """torch dtype of a result."""
+        return self._dtypes[result]
+
+    def index(self, tensor: int = 0, device: torch.device | None = None) -> Tensor:
+        """Global linear index (int64) of each element of this rank's part of result `tensor`."""
+        type = self._local_types[tensor]
+        out = torch.zeros((), dtype=torch.int64, device=device or self.device)
+        for dim, total in enumerate(type.shape):
+            offset, size = local_range(type, self.mesh, self.coord, dim)
+            line = torch.arange(offset, offset + size, device=out.device)
+            out = (out * total).unsqueeze(-1) + line
+        return out
+
+    @cached_property
+    def _aten_call(self) -> tuple[Any, list[Any], dict[str, Any]]:
+        target, template = str(self.attrs["target"]), json.loads(str(self.attrs["args"]))
+        args, kwargs = (template, {}) if isinstance(template, list) else (
+            template.get("args", []), template.get("kwargs", {}))  # fmt: skip
+        return _resolve(target), args, kwargs
+
+    def aten(self, target: str, args: str, operands: Sequence[Tensor]) -> Any:
+        """Call an ATen operator.
+
+        `target` is `aten.sort.stable`, or another namespace of `torch.ops`. `args` is JSON: the
+        list of arguments, or `{"args": [...], "kwargs": {...}}`. In it `"%0"` is operand 0, and
+        `{"dtype": "f32"}`, `{"device": ""}`, `{"layout": "strided"}`,
+        `{"memory_format": "contiguous_format"}` and `{"float": "inf"}` are values that JSON lacks.
+        A tuple of results has its None entries left out. Raises RunError W0803.
+        """
+        call, positional, keywords = self._aten_call
+        values = [self._fill(item, operands) for item in positional]
+        named = {name: self._fill(item, operands) for name, item in keywords.items()}
+        out = call(*values, **named)
+        if isinstance(out, (tuple, list)):
+            return tuple(item for item in out if item is not None)
+        return out
+
+    def _fill(self, item: Any, operands: Sequence[Tensor]) -> Any:
+        if isinstance(item, str) and item[:1] == "%" and item[1:].isdigit():
+            return operands[int(item[1:])]
+        if isinstance(item, list):
+            return [self._fill(entry, operands) for entry in item]
+        if isinstance(item, dict):
+            ((kind, value),) = item.items()
+            if kind == "dtype":
+                return TORCH_DTYPES[value]
+            if kind == "device":
+                return self.device
+            return float(value) if kind == "float" else getattr(torch, value)
+        return item
+
+
+def _resolve(target: str) -> Any:
+    """The operator that a dotted name stands for. Raises RunError W0803."""
+    found: Any = torch.ops
+    for part in target.removeprefix("torch.ops.").split("."):
+        try:
+            found = getattr(found, part)
+        except (AttributeError, RuntimeError):
+            raise RunError(
+                "W0803", f"this PyTorch has no operator {target}",
+                reason=f"torch {torch.__version__} does not define it",
+                hint="run with the PyTorch version that the plan was made with",
+            ) from None  # fmt: skip
+    return found
+
+
+__all__ = ["TORCH_DTYPES", "WEFT_DTYPES", "OpContext", "tensor_type"]
