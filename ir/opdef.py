@@ -55,6 +55,23 @@ class AttrSpec:
     doc: str = ""
 
 
+def attr_fits(kind: str, value: Attr) -> bool:
+    """Is an attribute value of this kind? An int may stand for a float; a bool is no int."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    match kind:
+        case "int":
+            return number and isinstance(value, int)
+        case "float":
+            return number
+        case "bool":
+            return isinstance(value, bool)
+        case "str":
+            return isinstance(value, str)
+        case "ints":
+            return isinstance(value, tuple) and all(attr_fits("int", item) for item in value)
+    return kind == "any"
+
+
 SignatureFn = Callable[[Sequence[Shape], Sequence[Shape], Mapping[str, Attr]], Signature]
 TypeRule = Callable[[Sequence[TensorType], Mapping[str, Attr]], Sequence[TensorType]]
 
@@ -125,6 +142,13 @@ def define(**fields: Any) -> OpDef:
     return entry
 
 
+def full_attrs(name: str, attrs: Mapping[str, Attr]) -> dict[str, Attr]:
+    """The attributes of an op called `name`, with the defaults of those that are not given."""
+    specs = OPS[name].attrs
+    defaults = {key: spec.default for key, spec in specs.items() if spec.default is not None}
+    return {**defaults, **attrs}
+
+
 def signature_of(op: Op) -> Signature:
     """The signature of an op on its (global) shapes. Raises SignatureError, KeyError."""
     ins = tuple(value.type.shape for value in op.operands)
@@ -150,7 +174,7 @@ def _bind(
     outs: tuple[Shape, ...],
     attrs: tuple[tuple[str, Attr], ...],
 ) -> Signature:
-    return OPS[name].bind(ins, outs, dict(attrs))
+    return OPS[name].bind(ins, outs, full_attrs(name, dict(attrs)))
 
 
 def maps_signature(

@@ -63,9 +63,9 @@ define(name="free", family="control", flops_per_point=0, levels=("schedule",), s
        doc="the operands are not used any more: their memory may be reused",
        ref=_not_alone)  # fmt: skip
 define(name="call", family="control", flops_per_point=0, signature=None,
-       doc="call a function; repeated blocks are one function that is called many times",
-       attrs={"callee": AttrSpec("str")}, levels=("logical", "placed", "spmd"),
-       ref=_not_alone)  # fmt: skip
+       doc="call a function; repeated blocks are one function that is called many times. Schedule "
+           "level: kernel functions only",
+       attrs={"callee": AttrSpec("str")}, ref=_not_alone)  # fmt: skip
 
 
 def _aten(c: Any, *xs: Any) -> Any:

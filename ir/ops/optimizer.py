@@ -6,7 +6,9 @@ from typing import Any
 
 from ..opdef import AttrSpec, define
 
+_INPLACE = AttrSpec("bool", False, "schedule level: the results may overwrite param and state")
 _ADAM = {
+    "inplace": _INPLACE,
     "beta1": AttrSpec("float", 0.9), "beta2": AttrSpec("float", 0.999),
     "eps": AttrSpec("float", 1e-8), "weight_decay": AttrSpec("float", 0.0),
     "maximize": AttrSpec("bool", False),
@@ -61,7 +63,10 @@ def _sgd(c: Any, p: Any, g: Any, *rest: Any) -> Any:
     return p - lr.to(p.dtype) * g, buffer
 
 
-_SGD = {"weight_decay": AttrSpec("float", 0.0), "maximize": AttrSpec("bool", False)}
+_SGD = {
+    "inplace": _INPLACE,
+    "weight_decay": AttrSpec("float", 0.0), "maximize": AttrSpec("bool", False),
+}  # fmt: skip
 define(name="sgd_update", family="optimizer", flops_per_point=4, attrs=_SGD,
        signature="a..., a..., _, _ -> a...", types=lambda ins, attrs: [ins[0]], ref=_sgd,
        doc="plain gradient descent: (param, grad, step, lr) -> param")  # fmt: skip
