@@ -104,6 +104,16 @@ class Function:
         """Map each value's name to the op that defines it (parameters are absent)."""
         return {result.name: op for op in self.ops for result in op.results}
 
+    def last_uses(self) -> list[tuple[str, ...]]:
+        """For each op, the values that nothing after it reads, its own unread results included."""
+        kept = {value.name for value in self.results}
+        out: list[tuple[str, ...]] = []
+        for op in reversed(self.ops):
+            names = dict.fromkeys(value.name for value in (*op.operands, *op.results))
+            out.append(tuple(name for name in names if name not in kept))
+            kept.update(names)
+        return out[::-1]
+
     def uses(self) -> dict[str, list[Op]]:
         """Map each value's name to the ops that read it, in order, once per op."""
         table: dict[str, list[Op]] = {}

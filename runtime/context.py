@@ -21,6 +21,10 @@ from ..ir.opdef import OPS, signature_of
 from ..ir.signature import Signature
 from ..ir.types import Mesh, TensorType, local_range, local_shape, shard_offset, shard_size
 
+#: inside `OpContext` the name `torch` is the attribute that semantics read
+Device = torch.device
+DType = torch.dtype
+
 #: weft dtype name -> torch dtype
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16,
@@ -59,13 +63,13 @@ class OpContext:
         mesh: Mesh | None = None,
         coord: Sequence[int] | None = None,
         *,
-        device: torch.device | str = "cpu",
+        device: Device | str = "cpu",
         fused: bool = False,
     ) -> None:
         self.op = op
         self.mesh = mesh or Mesh()
         self.coord = tuple(coord) if coord is not None else (0,) * len(self.mesh.axes)
-        self.device = torch.device(device)
+        self.device = Device(device)
         self.fused = fused
         specs = OPS[op.name].attrs
         defaults = {name: spec.default for name, spec in specs.items() if spec.default is not None}
@@ -119,11 +123,11 @@ class OpContext:
         """Local shape of a result."""
         return self._shapes[result]
 
-    def dtype(self, result: int = 0) -> torch.dtype:
+    def dtype(self, result: int = 0) -> DType:
         """torch dtype of a result."""
         return self._dtypes[result]
 
-    def index(self, tensor: int = 0, device: torch.device | None = None) -> Tensor:
+    def index(self, tensor: int = 0, device: Device | None = None) -> Tensor:
         """Global linear index (int64) of each element of this rank's part of result `tensor`."""
         type = self._local_types[tensor]
         out = torch.zeros((), dtype=torch.int64, device=device or self.device)
@@ -172,6 +176,17 @@ class OpContext:
         return item
 
 
+def results_of(op: Op, out: Any) -> tuple[Tensor, ...]:
+    """The tuple of results that a semantics returned for an op. Raises RunError W0803."""
+    results = tuple(out) if isinstance(out, (tuple, list)) else (out,)
+    if len(results) != len(op.results):
+        raise RunError(
+            "W0803", f"{op.name} returned {len(results)} results, the op has {len(op.results)}",
+            reason=f"at {op.loc}" if str(op.loc) else "",
+        )  # fmt: skip
+    return results
+
+
 def _resolve(target: str) -> Any:
     """The operator that a dotted name stands for. Raises RunError W0803."""
     found: Any = torch.ops
@@ -187,4 +202,4 @@ def _resolve(target: str) -> Any:
     return found
 
 
-__all__ = ["TORCH_DTYPES", "WEFT_DTYPES", "OpContext", "tensor_type"]
+__all__ = ["TORCH_DTYPES", "WEFT_DTYPES", "Device", "OpContext", "results_of", "tensor_type"]

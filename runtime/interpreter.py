@@ -1,6 +1,7 @@
 """The reference interpreter: what a module means, at every level. The oracle of every pass.
 
-One logical device: `run_function` calls each op's reference semantics on whole tensors.
+`run_function` calls each op's reference semantics on whole tensors, on one logical device.
+`evaluate` is for any level, the ones with several ranks included (`lockstep.py`).
 """
 
 from __future__ import annotations
@@ -15,34 +16,15 @@ from torch import Tensor
 from ..ir.errors import RunError
 from ..ir.module import Function, Module, Op
 from ..ir.ops import OPS
-from .context import OpContext
+from ..ir.types import Mesh
+from .context import OpContext, results_of
+from .lockstep import Lockstep
+from .shards import gather, scatter
 
 #: `hook(op)` is entered around the evaluation of an op
 Hook = Callable[[Op], AbstractContextManager[object]]
 #: op name -> what is called in place of the op's reference semantics
 Override = Mapping[str, Callable[..., Any]]
-
-
-def last_uses(function: Function) -> list[tuple[str, ...]]:
-    """For each op, the names of values that nothing after it reads (its own dead results too)."""
-    kept = {value.name for value in function.results}
-    out: list[tuple[str, ...]] = []
-    for op in reversed(function.ops):
-        names = dict.fromkeys(value.name for value in (*op.operands, *op.results))
-        out.append(tuple(name for name in names if name not in kept))
-        kept.update(names)
-    return out[::-1]
-
-
-def results_of(op: Op, out: Any) -> tuple[Tensor, ...]:
-    """The tuple of results that a semantics returned for an op. Raises RunError W0803."""
-    results = tuple(out) if isinstance(out, (tuple, list)) else (out,)
-    if len(results) != len(op.results):
-        raise RunError(
-            "W0803", f"{op.name} returned {len(results)} results, the op has {len(op.results)}",
-            reason=f"at {op.loc}" if str(op.loc) else "",
-        )  # fmt: skip
-    return results
 
 
 def run_function(
@@ -86,12 +68,10 @@ class _Runner:
 
     def run(self, function: Function, operands: Sequence[Tensor]) -> list[Tensor]:
         if len(operands) != len(function.params):
-            raise RunError(
-                "W0804", f"@{function.name} has {len(function.params)} parameters, "
-                f"got {len(operands)} values")  # fmt: skip
+            raise _wrong_count(function, len(operands))
         values = {p.name: t for p, t in zip(function.params, operands, strict=True)}
         if function.name not in self.drops:
-            self.drops[function.name] = last_uses(function)
+            self.drops[function.name] = function.last_uses()
         for op, dropped in zip(function.ops, self.drops[function.name], strict=True):
             arguments = [values[value.name] for value in op.operands]
             results = self.evaluate(op, arguments)
@@ -115,9 +95,52 @@ class _Runner:
             return results_of(op, semantics(context, *operands))
 
 
-def evaluate(module: Module, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Evaluate a module on whole tensors: one for each entry parameter, one for each result."""
-    return run_function(module, module.entry, inputs)
+def evaluate(
+    module: Module,
+    inputs: Sequence[Tensor],
+    *,
+    ranks: bool = False,
+    noise: torch.Generator | None = None,
+) -> list[Tensor]:
+    """The oracle: whole tensors in, whole tensors out, at any level.
+
+    The logical level runs on one device. So does the placed level, whose placements do not change
+    what it means; with `ranks` it runs on all ranks of its mesh, with ideal reshards. The spmd and
+    schedule levels run on all ranks in lock step, with simulated collectives.
+
+    Args:
+        module: the module; its entry function is run.
+        inputs: a whole tensor for each entry parameter, cut as the parameter's type says.
+        ranks: run the placed level on all ranks.
+        noise: writes partial values of inputs and of ideal reshards as random terms, which makes
+            a comparison sharper than zeros do.
+
+    Returns a whole tensor for each result. Raises RunError W0804 when the inputs do not match,
+    W0803 when copies of a replicated value differ or a schedule reads what is gone.
+    """
+    function = module.entry
+    if module.level == "logical" or (module.level == "placed" and not ranks):
+        return run_function(module, function, inputs)
+    if len(inputs) != len(function.params):
+        raise _wrong_count(function, len(inputs))
+    mesh = module.mesh or Mesh()
+    device = next((tensor.device for tensor in inputs), torch.device("cpu"))
+    runner = Lockstep(module, device=device, noise=noise)
+    shards = [
+        scatter(tensor, param.type, mesh, noise=noise)
+        for param, tensor in zip(function.params, inputs, strict=True)
+    ]
+    outputs = runner.run(function, shards)
+    return [
+        gather(value, result.type, mesh, check=True)
+        for result, value in zip(function.results, outputs, strict=True)
+    ]
 
 
-__all__ = ["Hook", "Override", "evaluate", "last_uses", "results_of", "run_function"]
+def _wrong_count(function: Function, count: int) -> RunError:
+    return RunError(
+        "W0804", f"@{function.name} has {len(function.params)} parameters, got {count} values"
+    )
+
+
+__all__ = ["Hook", "Override", "evaluate", "run_function"]

@@ -14,6 +14,12 @@ _ADAM = {
     "maximize": AttrSpec("bool", False),
 }  # fmt: skip
 
+#: for each result, the operand whose storage it takes under `inplace = true`
+OVERWRITES: dict[str, tuple[int, ...]] = {
+    "adam_update": (0, 2, 3), "adamw_update": (0, 2, 3), "sgd_update": (0,),
+    "momentum_update": (0, 2),
+}  # fmt: skip
+
 
 def _adam(decoupled: bool) -> Any:
     def ref(c: Any, p: Any, g: Any, m: Any, v: Any, step: Any, lr: Any) -> Any:

@@ -1,0 +1,78 @@
+"""Completing ops whose split dim is combined by log-sum-exp, from the results of all ranks.
+
+Let l_r be the log-sum-exp over rank r's part and L = log(sum over r of exp(l_r)). Then
+
+    attention       out = sum over r of out_r * exp(l_r - L), so each product is a P(sum) term
+    cross_entropy   loss = sum over r of (loss_r - l_r) + L, the picked logit being on one rank
+
+which is what `passes/lower` writes as ops. Milakov and Gimelshein, 2018; Dao et al., 2022.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..ir.module import Op
+from ..ir.opdef import OPS, signature_of
+from ..ir.types import Mesh
+from .collectives import all_reduce, lse_combine
+
+
+def lse_axes(op: Op) -> tuple[str, ...]:
+    """The mesh axes over which an op splits a dim that is combined by log-sum-exp."""
+    if not op.split or OPS[op.name].signature is None:
+        return ()
+    dims = signature_of(op).dims
+    lse = {name for name, dim in dims.items() if dim.combine == "lse"}
+    return tuple(axis for axis, state in op.split.items() if state in lse)
+
+
+def _minus(value: Tensor, total: Tensor) -> Tensor:
+    """value - total, and -inf where both are -inf."""
+    return value - total.masked_fill(total.isinf(), 0.0)
+
+
+def complete_lse(
+    op: Op,
+    operands: Sequence[Sequence[Tensor]],
+    results: Sequence[Sequence[Tensor]],
+    mesh: Mesh,
+) -> list[tuple[Tensor, ...]]:
+    """Results of all ranks under the placements that the op's signature promises.
+
+    Args:
+        operands, results: for each rank, the operands and what the op's semantics returned.
+    """
+    axes = lse_axes(op)
+    if not axes:
+        return [tuple(result) for result in results]
+    parts = [result[-1] for result in results]
+    totals = lse_combine(parts, mesh, axes)
+    if op.name == "attention":
+        scales = [_minus(part, total).exp() for part, total in zip(parts, totals, strict=True)]
+        outs = [
+            (out * scale.unsqueeze(-1)).to(out.dtype)
+            for (out, _), scale in zip(results, scales, strict=True)
+        ]
+        return list(zip(outs, totals, strict=True))
+    if op.name == "cross_entropy":
+        # where a rank sees only -inf, loss_r - l_r is -inf + inf; the label is not there
+        terms = [
+            torch.where(part.isinf(), torch.zeros_like(part), loss - part)
+            for (loss, _), part in zip(results, parts, strict=True)
+        ]
+        for axis in axes:
+            terms = all_reduce(terms, mesh, axis)
+        default = OPS[op.name].attrs["ignore_index"].default
+        ignore = int(op.attrs.get("ignore_index", default))  # type: ignore[arg-type]
+        return [
+            ((term + total).masked_fill(labels == ignore, 0.0), total)
+            for (_, labels), term, total in zip(operands, terms, totals, strict=True)
+        ]
+    return [(total,) for total in totals]
+
+
+__all__ = ["complete_lse", "lse_axes"]
