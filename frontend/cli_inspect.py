@@ -1,0 +1,135 @@
+"""`weft inspect`: levels, passes, differences between passes, one op's history, the page."""
+
+from __future__ import annotations
+
+import webbrowser
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from ..ir.errors import RunError, WeftError
+from ..ir.module import Module
+from ..runtime.artifact import Artifact
+from .describe import (
+    collectives,
+    diff,
+    fallbacks,
+    human_bytes,
+    human_time,
+    matching,
+    op_line,
+    parameters,
+)
+
+console = Console(highlight=False)
+
+
+def _spmd(artifact: Artifact) -> Module:
+    """The last dump at spmd level."""
+    for path in reversed(artifact.dumps):
+        module = artifact.module(path)
+        if module.level == "spmd":
+            return module
+    return artifact.module()
+
+
+def _overview(artifact: Artifact) -> None:
+    info = artifact.info
+    table = Table(show_header=False)
+    for key in ("target", "cluster", "mesh", "weft", "torch"):
+        table.add_row(key, str(info.get(key, "")))
+    table.add_row("predicted step", human_time(info["predicted"]["step_us"]))
+    table.add_row("predicted memory of a rank", human_bytes(info["predicted"]["memory_bytes"]))
+    console.print(table)
+    passes = Table("dump", "level", "functions", "ops", "made by")
+    for path, made_by in zip(artifact.dumps, info["made_by"], strict=True):
+        module = artifact.module(path)
+        count = sum(len(f.ops) for f in module.functions)
+        passes.add_row(path.name, module.level, str(len(module.functions)), str(count), made_by)
+    console.print(passes)
+
+
+def _tables(spmd: Module, limit: int) -> None:
+    rows = collectives(spmd)
+    table = Table("collective", "axis", "count", "bytes", "tensor", "where", title="collectives of a step")
+    for row in rows[:limit]:
+        cells = (row.name, row.axis, str(row.count), human_bytes(row.bytes), row.tensor, row.where)
+        table.add_row(*(cell.replace("[", r"\[") for cell in cells))
+    console.print(table)
+    if len(rows) > limit:
+        console.print(f"and {len(rows) - limit} more (--limit)")
+    params = parameters(spmd)
+    table = Table("role", "name", "type and placement", "bytes of a rank", title="parameters")
+    for param in params[:limit]:
+        shown = str(param.type).replace("[", r"\[")
+        table.add_row(param.role, param.name, shown, human_bytes(param.bytes))
+    console.print(table)
+    if len(params) > limit:
+        console.print(f"and {len(params) - limit} more (--limit)")
+    for target, where, count in fallbacks(spmd):
+        console.print(f"falls back to ATen: {target} x {count} at {where}", markup=False)
+
+
+def _history(artifact: Artifact, path: str, limit: int) -> None:
+    found = False
+    for dump in artifact.dumps:
+        ops = [op for _, op in matching(artifact.module(dump), path)]
+        if not ops:
+            continue
+        found = True
+        console.rule(dump.name)
+        for op in ops[:limit]:
+            console.print(f"  {op_line(op)}", markup=False, soft_wrap=True)
+            if str(op.loc):
+                console.print(f"      from {op.loc}", markup=False, soft_wrap=True)
+        if len(ops) > limit:
+            console.print(f"  and {len(ops) - limit} more (--limit)")
+    if not found:
+        raise RunError(
+            "W1001",
+            f"no op of this plan matches {path!r}",
+            hint="use a part of a module path, an op name, or a value's name",
+        )
+
+
+def _dump(artifact: Artifact, name: str) -> Path:
+    for path in artifact.dumps:
+        if name in (path.name, path.stem, path.stem.split("-")[0], path.stem.partition("-")[2]):
+            return path
+    names = ", ".join(path.stem for path in artifact.dumps)
+    raise RunError("W1001", f"there is no dump {name!r}", hint=f"the dumps are {names}")
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--ir", "dump", default="", metavar="DUMP", help="Print one dump, by number or pass.")
+@click.option("--diff", "pair", nargs=2, default=None, metavar="A B", help="Differences of two dumps.")
+@click.option("--op", "path", default="", metavar="PATH", help="History of the ops of a module path.")
+@click.option("--html", is_flag=True, help="Open the report page.")
+@click.option("--limit", default=20, show_default=True, help="Rows of each table.")
+def inspect(
+    folder: Path, dump: str, pair: tuple[str, str] | None, path: str, html: bool, limit: int
+) -> None:
+    """Show what an artifact holds: levels, collectives, placements, an op's history."""
+    try:
+        artifact = Artifact.open(folder)
+        if dump:
+            click.echo(_dump(artifact, dump).read_text(encoding="utf-8"), nl=False)
+        elif pair:
+            before, after = _dump(artifact, pair[0]), _dump(artifact, pair[1])
+            text = diff(artifact.module(before), artifact.module(after), (before.name, after.name))
+            click.echo(text)
+        elif path:
+            _history(artifact, path, limit)
+        elif html:
+            page = (artifact.path / "report.html").resolve()
+            console.print(str(page), markup=False, soft_wrap=True)
+            webbrowser.open(page.as_uri())
+        else:
+            _overview(artifact)
+            _tables(_spmd(artifact), limit)
+    except WeftError as error:
+        Console(stderr=True, highlight=False).print(error.render(), markup=False, soft_wrap=True)
+        raise SystemExit(2) from None
