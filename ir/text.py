@@ -4,7 +4,7 @@
     mesh [dp=2, tp=2] "cpu"
     attrs {cluster = "2x2:cpu"}
 
-    func @main(%x: f32[8, 4]{S(0), B} {role = "input"}) -> (f32[8, 4]{S(0), B}) attrs {kernel = "k0"} {
+    func @main(%x: f32[8, 4]{S(0), B} {role = "input"}) -> (f32[8, 4]{S(0), B}) {
       %0 = neg(%x) split [dp = a0] : f32[8, 4]{S(0), B} @0
       return %0
     }
