@@ -23,7 +23,7 @@ _TERMINALS = {
     "SYMBOL": "a symbol such as @main", "TYPE": "a type such as f32[8, 4]", "STATE": "partial(...)",
     "EQUAL": "'='", "COMMA": "','", "COLON": "':'", "LPAR": "'('", "RPAR": "')'", "LSQB": "'['",
     "RSQB": "']'", "LBRACE": "'{'", "RBRACE": "'}'", "$END": "the end of the text",
-    "ARROW": "'->'",
+    "_ARROW": "'->'",
 }  # fmt: skip
 
 
