@@ -3,7 +3,7 @@
 Let l_r be the log-sum-exp over rank r's part and L = log(sum over r of exp(l_r)). Then
 
     attention       out = sum over r of out_r * exp(l_r - L), so each product is a P(sum) term
-    cross_entropy   loss = sum over r of (loss_r - l_r) + L, the picked logit being on one rank
+    cross_entropy   loss = sum over r of loss_r + L, loss_r being -logit[label] on one rank
 
 which is what `passes/lower` writes as ops. Milakov and Gimelshein, 2018; Dao et al., 2022.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..ir.module import Op
 from ..ir.opdef import OPS, signature_of
 from ..ir.types import Mesh
-from .collectives import all_reduce, lse_combine
+from .collectives import lse_combine
 
 
 def lse_axes(op: Op) -> tuple[str, ...]:
@@ -46,7 +46,7 @@ def complete_lse(
     Args:
         operands, results: for each rank, the operands and what the op's semantics returned.
     """
-    axes = lse_axes(op)
+    axes = tuple(axis for axis in lse_axes(op) if mesh.sizes[mesh.axis(axis)] > 1)
     if not axes:
         return [tuple(result) for result in results]
     parts = [result[-1] for result in results]
@@ -59,19 +59,16 @@ def complete_lse(
         ]
         return list(zip(outs, totals, strict=True))
     if op.name == "cross_entropy":
-        # where a rank sees only -inf, loss_r - l_r is -inf + inf; the label is not there
-        terms = [
-            torch.where(part.isinf(), torch.zeros_like(part), loss - part)
-            for (loss, _), part in zip(results, parts, strict=True)
-        ]
-        for axis in axes:
-            terms = all_reduce(terms, mesh, axis)
         default = OPS[op.name].attrs["ignore_index"].default
         ignore = int(op.attrs.get("ignore_index", default))  # type: ignore[arg-type]
-        return [
-            ((term + total).masked_fill(labels == ignore, 0.0), total)
-            for (_, labels), term, total in zip(operands, terms, totals, strict=True)
-        ]
+        positions = [mesh.axis(axis) for axis in axes]
+        rows: list[tuple[Tensor, ...]] = []
+        for rank, total in enumerate(totals):
+            (loss, _), labels, coord = results[rank], operands[rank][1], mesh.coord(rank)
+            if not any(coord[position] for position in positions):
+                loss = loss + total.masked_fill(labels == ignore, 0.0)
+            rows.append((loss, total))
+        return rows
     return [(total,) for total in totals]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..module import Attr
 from ..opdef import AttrSpec, define
-from ..types import B, TensorType
+from ..types import B, P, TensorType
 
 
 def _same(ins: Sequence[TensorType], attrs: Mapping[str, Attr]) -> Sequence[TensorType]:
@@ -99,7 +99,9 @@ def _cross_entropy(c: Any, logits: Any, labels: Any) -> Any:
     index, here, ignored = _pick(c, logits, labels)
     lse = logits.logsumexp(-1)
     picked = logits.gather(-1, index.unsqueeze(-1)).squeeze(-1)
-    loss = lse - c.torch.where(here, picked, c.torch.zeros_like(picked))
+    loss = c.torch.where(here, -picked, c.torch.zeros_like(picked))
+    if logits.shape[-1] == c.size("n"):
+        loss = loss + lse
     return loss.masked_fill(ignored, 0.0), lse
 
 
@@ -113,8 +115,9 @@ def _cross_entropy_backward(c: Any, dloss: Any, logits: Any, labels: Any, lse: A
 _IGNORE = {"ignore_index": AttrSpec("int", -100)}
 define(name="cross_entropy", family="row", flops_per_point=12, attrs=_IGNORE,
        doc="-log softmax(logits)[label] of each row, 0 where the label is ignored; also the "
-           "log-sum-exp of each row",
-       signature="a... n, a... -> a..., a... ; n=lse", lse_results=(B, B),
+           "log-sum-exp of each row. A part of n gives the term -logit[label] if it has the label, "
+           "and its own log-sum-exp: `lower` adds the total log-sum-exp to one of the terms",
+       signature="a... n, a... -> a..., a... ; n=lse", lse_results=(P("sum"), B),
        types=lambda ins, attrs: [*_rows(ins, attrs), *_rows(ins, attrs)],
        ref=_cross_entropy)  # fmt: skip
 define(name="cross_entropy_backward", family="row", flops_per_point=10, attrs=_IGNORE,
