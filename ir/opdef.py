@@ -8,13 +8,13 @@ on whole tensors and on shards: where the position of a shard matters, it asks `
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Protocol
 
-from .module import Attr, Op
+from .module import Attr, Op, Value
 from .signature import DimMap, Dim, Shape, Signature, SignatureError, instantiate
-from .types import Placement, TensorType
+from .types import FLOATS, Placement, TensorType
 
 FAMILIES = (
     "contraction", "pointwise", "reduction", "row", "movement", "indexing", "creation", "random",
@@ -150,10 +150,14 @@ def full_attrs(name: str, attrs: Mapping[str, Attr]) -> dict[str, Attr]:
 
 
 def signature_of(op: Op) -> Signature:
-    """The signature of an op on its (global) shapes. Raises SignatureError, KeyError."""
+    """The signature of an op on its (global) shapes and dtypes. Raises SignatureError, KeyError.
+
+    Dtypes decide only where sums pass: not to or from bool, nor from floats to integers.
+    """
     ins = tuple(value.type.shape for value in op.operands)
     outs = tuple(value.type.shape for value in op.results)
-    return _bind(op.name, ins, outs, tuple(sorted(op.attrs.items())))
+    kinds = "".join(map(_kind, (*op.operands, *op.results)))
+    return _bind(op.name, ins, outs, tuple(sorted(op.attrs.items())), kinds)
 
 
 def flops_of(op: Op) -> float:
@@ -173,8 +177,22 @@ def _bind(
     ins: tuple[Shape, ...],
     outs: tuple[Shape, ...],
     attrs: tuple[tuple[str, Attr], ...],
+    kinds: str,
 ) -> Signature:
-    return OPS[name].bind(ins, outs, full_attrs(name, dict(attrs)))
+    signature = OPS[name].bind(ins, outs, full_attrs(name, dict(attrs)))
+    linear = tuple(group for group in signature.linear if _sums_pass(group, kinds, len(ins)))
+    return signature if linear == signature.linear else replace(signature, linear=linear)
+
+
+def _kind(value: Value) -> str:
+    dtype = value.type.dtype
+    return "f" if dtype in FLOATS else "b" if dtype == "bool" else "i"
+
+
+def _sums_pass(group: tuple[int, ...], kinds: str, operands: int) -> bool:
+    """Is an op that is linear in real numbers linear in the dtypes at hand?"""
+    before, after = {kinds[i] for i in group}, set(kinds[operands:])
+    return "b" not in before | after and not ("f" in before and "i" in after)
 
 
 def maps_signature(
