@@ -1,0 +1,202 @@
+"""Writing choices down: a logical module becomes a placed one, with explicit reshards.
+
+    %y = einsum(%x, %w) {...} : f32[8, 4]            logical
+    %z = exp(%y) : f32[8, 4]
+
+with the choice `k` for the einsum and `a0` for exp on the axis `tp` becomes
+
+    %y = einsum(%x, %w) {...} split [tp = k] : f32[8, 4]{P(sum)}
+    %y_1 = reshard(%y) : f32[8, 4]{S(0)}
+    %z = exp(%y_1) split [tp = a0] : f32[8, 4]{S(0)}
+
+A split fixes the placements of an op's operands and results (`Signature.placements`); calls take
+those of the callee's parameters and results. Where an operand is held otherwise, a reshard stands
+right before its first reader, and later readers with the same wish share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ..ir.errors import CompileError
+from ..ir.module import NOWHERE, Function, Location, Module, Namer, Op, Value
+from ..ir.opdef import OPS, signature_of
+from ..ir.types import B, Mesh, Placement
+from .reshard import Placements, illegal_placement
+
+
+@dataclass(frozen=True)
+class FunctionChoices:
+    """Choices for one function. What is missing, or an empty tuple, means whole on every rank.
+
+    Attributes:
+        splits: for each op by its index, the state of each axis: an iteration dim, `partial(...)`,
+            or '' where the axis is not used. Ops without a signature (calls, `aten`) have none.
+        params: placement of each parameter.
+        results: placement of each result. Ignored for the entry's `update` results, which take the
+            placement of the parameter that they update.
+    """
+
+    splits: tuple[tuple[str, ...], ...] = ()
+    params: tuple[Placements, ...] = ()
+    results: tuple[Placements, ...] = ()
+
+
+@dataclass(frozen=True)
+class Choices:
+    """All choices that make a logical module a placed one: function name -> its choices."""
+
+    functions: Mapping[str, FunctionChoices] = field(default_factory=dict)
+
+
+def apply(module: Module, mesh: Mesh, choices: Choices) -> Module:
+    """The placed module that the choices describe.
+
+    Raises CompileError W0401 for a split that an op does not allow, W0402 for a placement that a
+    tensor cannot have.
+    """
+    placed = {f.name: _Interface.of(f, mesh, choices) for f in module.functions}
+    functions = tuple(
+        _Applier(function, mesh, choices, placed).run() for function in module.functions
+    )
+    return module.with_(level="placed", mesh=mesh, functions=functions)
+
+
+def _pick(table: Sequence[Placements], index: int, mesh: Mesh) -> Placements:
+    chosen = table[index] if index < len(table) else ()
+    return chosen or (B,) * len(mesh.axes)
+
+
+def _place(value: Value, placement: Placements, mesh: Mesh, what: str) -> Value:
+    reason = illegal_placement(value.type, mesh, placement)
+    if reason:
+        text = ", ".join(map(str, placement))
+        raise CompileError(
+            "W0402", f"{what} {value} : {value.type} cannot be placed {{{text}}}", reason=reason
+        )
+    return Value(value.name, value.type.placed(placement))
+
+
+@dataclass(frozen=True)
+class _Interface:
+    """Placements of a function's parameters and results, which its call sites must match."""
+
+    params: tuple[Placements, ...]
+    results: tuple[Placements, ...]
+
+    @staticmethod
+    def of(function: Function, mesh: Mesh, choices: Choices) -> _Interface:
+        chosen = choices.functions.get(function.name, FunctionChoices())
+        params = tuple(_pick(chosen.params, i, mesh) for i in range(len(function.params)))
+        by_name = {p.name: placement for p, placement in zip(function.params, params, strict=True)}
+        results = []
+        for index, attrs in enumerate(function.result_attrs):
+            updated = attrs.get("updates")
+            if updated is None:
+                results.append(_pick(chosen.results, index, mesh))
+            else:
+                results.append(by_name[str(updated)])
+        return _Interface(params, tuple(results))
+
+
+class _Applier:
+    """Rewrites one function."""
+
+    def __init__(
+        self,
+        function: Function,
+        mesh: Mesh,
+        choices: Choices,
+        interfaces: Mapping[str, _Interface],
+    ) -> None:
+        self.function, self.mesh, self.interfaces = function, mesh, interfaces
+        self.chosen = choices.functions.get(function.name, FunctionChoices())
+        taken = [p.name for p in function.params]
+        taken += [result.name for op in function.ops for result in op.results]
+        self.namer = Namer(tuple(taken))
+        self.values: dict[str, Value] = {}
+        self.copies: dict[tuple[str, Placements], Value] = {}
+        self.ops: list[Op] = []
+
+    def run(self) -> Function:
+        """The placed function."""
+        function, interface = self.function, self.interfaces[self.function.name]
+        params = tuple(
+            _place(value, placement, self.mesh, f"parameter of @{function.name}")
+            for value, placement in zip(function.params, interface.params, strict=True)
+        )
+        self.values.update((value.name, value) for value in params)
+        for index, op in enumerate(function.ops):
+            self._op(index, op)
+        for value, placement in zip(function.results, interface.results, strict=True):
+            _place(value, placement, self.mesh, f"result of @{function.name}")
+        results = tuple(
+            self._read(value, placement, NOWHERE)
+            for value, placement in zip(function.results, interface.results, strict=True)
+        )
+        return function.with_(params=params, ops=tuple(self.ops), results=results)
+
+    def _op(self, index: int, op: Op) -> None:
+        states, ins, outs = self._placements(index, op)
+        operands = tuple(
+            self._read(value, placement, op.loc)
+            for value, placement in zip(op.operands, ins, strict=True)
+        )
+        results = tuple(
+            Value(value.name, value.type.placed(placement))
+            for value, placement in zip(op.results, outs, strict=True)
+        )
+        self.values.update((value.name, value) for value in results)
+        split = {name: state for name, state in zip(self.mesh.names, states, strict=True) if state}
+        self.ops.append(op.with_(operands=operands, results=results, split=split))
+
+    def _placements(
+        self, index: int, op: Op
+    ) -> tuple[tuple[str, ...], Sequence[Placements], Sequence[Placements]]:
+        """States, and placements of operands and results, of the op at an index."""
+        axes = len(self.mesh.axes)
+        nothing = ("",) * axes
+        states = self.chosen.splits[index] if index < len(self.chosen.splits) else ()
+        states = states or nothing
+        if op.name == "call":
+            callee = self.interfaces[str(op.attrs["callee"])]
+            return nothing, callee.params, callee.results
+        if OPS[op.name].signature is None:
+            if states != nothing:
+                raise CompileError(
+                    "W0401", f"{op.name} cannot be split", reason="it has no signature",
+                    hint="leave its split empty: it runs on whole operands",
+                )  # fmt: skip
+            whole = (B,) * axes
+            return nothing, [whole] * len(op.operands), [whole] * len(op.results)
+        signature = signature_of(op)
+        reason = (
+            signature.check(states, self.mesh.sizes)
+            if len(states) == axes
+            else f"{len(states)} states for {axes} axes"
+        )
+        if reason:
+            raise CompileError(
+                "W0401", f"{op.name} cannot be split by [{', '.join(states)}]", reason=reason,
+                hint=f"its states are {', '.join(signature.states) or 'none'}",
+            )  # fmt: skip
+        ins, outs = signature.placements(states)
+        for value, placement in zip((*op.operands, *op.results), (*ins, *outs), strict=True):
+            _place(value, placement, self.mesh, f"value of {op.name}")
+        return states, ins, outs
+
+    def _read(self, value: Value, placement: tuple[Placement, ...], loc: Location) -> Value:
+        """The value under a placement, resharded where it is held otherwise."""
+        held = self.values[value.name]
+        if held.type.placement == placement:
+            return held
+        key = (value.name, placement)
+        if key not in self.copies:
+            copy = Value(self.namer(f"{value.name}_r"), held.type.placed(placement))
+            self.ops.append(Op("reshard", (held,), (copy,), loc=loc))
+            self.copies[key] = copy
+        return self.copies[key]
+
+
+__all__ = ["Choices", "FunctionChoices", "apply"]
