@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any, Protocol
 
 from .module import Attr, Op, Value
-from .signature import DimMap, Dim, Shape, Signature, SignatureError, instantiate
+from .signature import Dim, DimMap, Shape, Signature, SignatureError, instantiate
 from .types import FLOATS, Placement, TensorType
 
 FAMILIES = (
