@@ -1,0 +1,91 @@
+"""An artifact is written whole or not at all, and read only as it was written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from weft.frontend.artifact import ArtifactWriter
+from weft.ir.errors import CompileError, RunError
+from weft.ir.module import Function, Module
+from weft.ir.text import print_module
+from weft.runtime.artifact import FORMAT, Artifact, plan_hash
+
+
+def write(path: Path) -> Path:
+    module = Module("logical", (Function("main", (), (), ()),))
+    with ArtifactWriter(path) as writer:
+        writer.text("ir/00-trace.weft", print_module(module))
+        writer.tensors("weights", {"w": torch.arange(6.0).reshape(2, 3)})
+        writer.commit({"weft": "test", "dumps": ["ir/00-trace.weft"]})
+    return path
+
+
+def test_what_was_written_is_read_back(tmp_path: Path) -> None:
+    artifact = Artifact.open(write(tmp_path / "out"))
+    assert artifact.module().entry.name == "main"
+    assert torch.equal(artifact.tensors("weights")["w"], torch.arange(6.0).reshape(2, 3))
+    assert artifact.tensors("inputs") == {}
+
+
+def test_writing_again_replaces_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    write(tmp_path / "out")
+    write(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_same_content_has_the_same_hash(tmp_path: Path) -> None:
+    first, second = write(tmp_path / "a"), write(tmp_path / "b")
+    hashes = [Artifact.open(path).info["content_hash"] for path in (first, second)]
+    assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize("name", ["ir/00-trace.weft", "weights.safetensors", "plan.json"])
+def test_every_flipped_byte_is_found(tmp_path: Path, name: str) -> None:
+    folder = write(tmp_path / "out")
+    good = (folder / name).read_bytes()
+    for position in range(0, len(good), max(1, len(good) // 25)):
+        bad = bytearray(good)
+        bad[position] ^= 0x04
+        (folder / name).write_bytes(bytes(bad))
+        with pytest.raises(RunError) as caught:
+            Artifact.open(folder)
+        assert caught.value.code in ("W0701", "W0702")
+
+
+def test_a_missing_file_and_a_missing_plan_are_named(tmp_path: Path) -> None:
+    folder = write(tmp_path / "out")
+    (folder / "weights.safetensors").unlink()
+    with pytest.raises(RunError, match="weights.safetensors is missing"):
+        Artifact.open(folder)
+    with pytest.raises(RunError, match="not an artifact folder"):
+        Artifact.open(tmp_path)
+
+
+def test_another_version_is_refused_by_name(tmp_path: Path) -> None:
+    folder = write(tmp_path / "out")
+    info = json.loads((folder / "plan.json").read_text())
+    info["format"], info["weft"] = FORMAT + 1, "9.9"
+    info["plan_hash"] = plan_hash(info)
+    (folder / "plan.json").write_text(json.dumps(info))
+    with pytest.raises(RunError, match=r"W0702.*") as caught:
+        Artifact.open(folder)
+    assert "weft 9.9" in str(caught.value)
+
+
+def test_an_interrupted_write_leaves_the_old_artifact(tmp_path: Path) -> None:
+    folder = write(tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt), ArtifactWriter(folder) as writer:
+        writer.text("ir/00-trace.weft", "half")
+        raise KeyboardInterrupt
+    assert Artifact.open(folder).module().entry.name == "main"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_of_something_else_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("keep")
+    with pytest.raises(CompileError, match="is not an artifact"):
+        ArtifactWriter(tmp_path)
