@@ -1,0 +1,294 @@
+"""The iteration space of a region: which ops can share the loops of one kernel.
+
+A region is a set of ops without a call or a collective. Its space is `rows x column`: row dims,
+each of which a program handles independently, and one column dim, along which a row may be reduced,
+cut or joined. The space follows from the dimension algebra alone: every iteration dim of every op
+is a variable, a tensor dim that two ops touch makes their variables equal, and what is left are the
+dims of the space. `passes/fuse.py` asks whether a region has a space before it makes a kernel of
+it; `codegen/` asks for it again when it prints that kernel.
+
+Tensor dims of global size 1 are in no dim of the space: they broadcast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
+from math import prod
+
+from ..ir.module import Op, Value
+from ..ir.opdef import OPS, full_attrs, signature_of
+from ..ir.signature import SignatureError
+
+#: the column, where a map names dims of the space
+COLUMN = -1
+#: ops without arithmetic that a kernel absorbs as index expressions
+VIEWS = frozenset({"constant", "iota", "expand", "reshape", "permute", "slice"})
+#: ops whose operands and results have columns of different length
+RESIZING = frozenset({"slice", "concat", "pad"})
+
+
+class NoSpace(ValueError):
+    """The ops cannot share one iteration space; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A dim of the space: its global size, and the positions of the mesh axes that split it."""
+
+    size: int
+    axes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Space:
+    """The space of a region.
+
+    Attributes:
+        rows: the row dims, outermost first.
+        column: the column dim; None where every value has row dims only.
+        maps: for each value, and each of its dims: an index into `rows`, `COLUMN`, or None where
+            the dim has size 1. A value whose column is shorter or longer than the space's (a
+            `slice` was taken, or is to be) has `COLUMN` as well.
+        reduces: some op reduces the column or needs it whole.
+    """
+
+    rows: tuple[Extent, ...]
+    column: Extent | None
+    maps: Mapping[str, tuple[int | None, ...]]
+    reduces: bool
+
+    @property
+    def points(self) -> int:
+        """Number of points of the (global) space."""
+        return prod(r.size for r in self.rows) * (self.column.size if self.column else 1)
+
+
+def parameters(ops: Iterable[Op]) -> list[Value]:
+    """Values that the ops read and do not define, in the order of their first use."""
+    defined: set[str] = set()
+    found: dict[str, Value] = {}
+    for op in ops:
+        for value in op.operands:
+            if value.name not in defined:
+                found.setdefault(value.name, value)
+        defined.update(result.name for result in op.results)
+    return list(found.values())
+
+
+def column_dims(op: Op) -> tuple[str, ...]:
+    """Iteration dims that make the column: reduced, needed whole, cut or joined. Raises NoSpace."""
+    attrs = full_attrs(op.name, op.attrs)
+    family = OPS[op.name].family
+    if family == "row":
+        return ("n",)
+    if family == "reduction":
+        dims, shape = attrs["dims"], op.operands[0].type.shape
+        assert isinstance(dims, tuple)
+        names = tuple(f"a{d}" for d in dims if shape[int(str(d))] > 1)
+        if len(names) != 1:
+            raise NoSpace(f"{op.name} over {len(names)} dims")
+        return names
+    if op.name in RESIZING:
+        rank = len(op.result.type.shape)
+        last = f"_{rank - 1}"
+        whole = tuple(name for name, dim in signature_of(op).dims.items() if dim.whole)
+        if not all(name.endswith(last) for name in whole):
+            raise NoSpace(f"{op.name} of a dim other than the last")
+        return whole
+    return ()
+
+
+@dataclass
+class _Classes:
+    """Union-find over variables: `(value name, dim)` and `(op position, iteration dim)`."""
+
+    parent: dict[Hashable, Hashable] = field(default_factory=dict)
+
+    def find(self, key: Hashable) -> Hashable:
+        """The representative of a variable's class."""
+        path = []
+        while (up := self.parent.setdefault(key, key)) != key:
+            path.append(key)
+            key = up
+        for item in path:
+            self.parent[item] = key
+        return key
+
+    def union(self, left: Hashable, right: Hashable) -> None:
+        """Make two variables equal."""
+        self.parent[self.find(left)] = self.find(right)
+
+
+class _Analysis:
+    """Works out the space of one region; see `analyse`."""
+
+    def __init__(self, ops: Sequence[Op], outputs: Iterable[str]) -> None:
+        self.ops, self.outputs = ops, frozenset(outputs)
+        self.params = parameters(ops)
+        self.values: dict[str, Value] = {}
+        self.classes = _Classes()
+        self.marks: set[Hashable] = set()  # classes that have to be the column
+        self.wanted: set[Hashable] = set()  # of these, the ones that a loop runs over
+        self.extents: dict[Hashable, Extent] = {}
+
+    def run(self) -> Space:
+        self.unify()
+        self.measure()
+        self.mark_columns()
+        column = self.pick_column()
+        rows = self.order_rows()
+        index = {cls: position for position, cls in enumerate(rows)}
+        maps = {
+            name: tuple(
+                None if size == 1 else index.get(self.classes.find((name, d)), COLUMN)
+                for d, size in enumerate(value.type.shape)
+            )
+            for name, value in self.values.items()
+        }
+        space = Space(tuple(self.extents[cls] for cls in rows), column, maps, bool(self.wanted))
+        self.check(space)
+        return space
+
+    def unify(self) -> None:
+        """Tensor dims made of one iteration dim are equal to it."""
+        for position, op in enumerate(self.ops):
+            try:
+                signature = signature_of(op)
+            except SignatureError as error:
+                raise NoSpace(str(error)) from error
+            tensors = (*op.operands, *op.results)
+            for value, factors in zip(tensors, signature.operands + signature.results, strict=True):
+                self.values[value.name] = value
+                for d, size in enumerate(value.type.shape):
+                    if size == 1:
+                        continue
+                    names = [name for name in factors[d] if signature.size(name) > 1]
+                    if len(names) != 1:
+                        raise NoSpace(f"{op.name} splits or joins dims")
+                    self.classes.union((value.name, d), (position, names[0]))
+
+    def measure(self) -> None:
+        """Size and mesh axes of each class: they must agree, also on shards."""
+        for name, value in self.values.items():
+            for d, size in enumerate(value.type.shape):
+                if size == 1:
+                    continue
+                placements = value.type.placement or ()
+                axes = tuple(
+                    axis for axis, p in enumerate(placements) if p.kind == "S" and p.dim == d
+                )
+                cls = self.classes.find((name, d))
+                extent = Extent(size, axes)
+                if self.extents.setdefault(cls, extent) != extent:
+                    raise NoSpace(f"%{name} is split in another way than its neighbours")
+
+    def mark_columns(self) -> None:
+        """Which classes are the column, and which of them a loop has to run over."""
+        for position, op in enumerate(self.ops):
+            names = column_dims(op)
+            for name in names:
+                cls = self.classes.find((position, name))
+                if cls in self.extents:
+                    self.marks.add(cls)
+            if names and op.name not in RESIZING:
+                self.wanted.update(self.classes.find((position, name)) for name in names)
+        self.wanted &= self.extents.keys()
+        if not self.marks:
+            return
+        # a class that only ever stands where the column would, and has its size, is the column
+        size = {self.extents[cls] for cls in self.marks}
+        for name, value in self.values.items():
+            present = self.dims_of(name)
+            if present and present[-1] not in self.marks and self.extents[present[-1]] in size:
+                candidate = present[-1]
+                if all(
+                    candidate not in dims or (dims[-1] == candidate and not self.marks & {*dims})
+                    for dims in map(self.dims_of, self.values)
+                ):
+                    self.marks.add(candidate)
+
+    def dims_of(self, name: str) -> list[Hashable]:
+        """Classes of a value's dims, in order."""
+        shape = self.values[name].type.shape
+        return [self.classes.find((name, d)) for d, size in enumerate(shape) if size > 1]
+
+    def pick_column(self) -> Extent | None:
+        if not self.marks:
+            last = [dims[-1] for name in self.outputs if (dims := self.dims_of(name))]
+            if not last:
+                return None
+            self.marks = {max(last, key=lambda cls: (last.count(cls), str(cls)))}
+        loops = set(self.wanted)
+        for name in self.outputs:
+            loops |= self.marks & set(self.dims_of(name))
+        if not loops:
+            return None
+        extents = {self.extents[cls] for cls in self.marks}
+        if len(extents) > 1 and any(extent.axes for extent in extents):
+            raise NoSpace("columns of several lengths, some of which are split")
+        return max((self.extents[cls] for cls in loops), key=lambda extent: extent.size)
+
+    def order_rows(self) -> list[Hashable]:
+        """Row classes in the order in which the results of the ops have them."""
+        rows = [cls for cls in self.extents if cls not in self.marks]
+        after: dict[Hashable, set[Hashable]] = {cls: set() for cls in rows}
+        for op in self.ops:
+            if op.name in VIEWS:
+                continue
+            for result in op.results:
+                dims = self.dims_of(result.name)
+                if any(cls in self.marks for cls in dims[:-1]):
+                    raise NoSpace(f"%{result.name} does not have the column as its last dim")
+                dims = [cls for cls in dims if cls not in self.marks]
+                for left, right in zip(dims, dims[1:], strict=False):
+                    after[left].add(right)
+        rank = {cls: position for position, cls in enumerate(rows)}
+        waits = {cls: sum(cls in later for later in after.values()) for cls in rows}
+        ready = [rank[cls] for cls in rows if not waits[cls]]
+        heapify(ready)
+        order: list[Hashable] = []
+        while ready:
+            cls = rows[heappop(ready)]
+            order.append(cls)
+            for later in after[cls]:
+                waits[later] -= 1
+                if not waits[later]:
+                    heappush(ready, rank[later])
+        if len(order) != len(rows):
+            raise NoSpace("the ops order their dims in different ways")
+        return order
+
+    def check(self, space: Space) -> None:
+        every = list(range(len(space.rows)))
+        for op in self.ops:
+            if column_dims(op) and op.name not in RESIZING:
+                rows = {row for row in space.maps[op.operands[0].name] if row is not None}
+                if not every or not rows >= set(every):
+                    raise NoSpace(f"{op.name} of fewer rows than the kernel has")
+        for name in self.outputs:
+            if [row for row in space.maps[name] if row not in (None, COLUMN)] != every:
+                raise NoSpace(f"%{name} is smaller than the space")
+        for value in self.params:
+            present = [row for row in space.maps[value.name] if row is not None]
+            if COLUMN in present[:-1]:
+                raise NoSpace(f"%{value.name} does not have the column as its last dim")
+        carried = {row for value in self.params for row in space.maps[value.name]}
+        if not carried >= set(every):
+            raise NoSpace("a row dim is in no operand")
+        if space.column is not None and space.column.axes and COLUMN not in carried:
+            raise NoSpace("the column is in no operand")
+
+
+def analyse(ops: Sequence[Op], outputs: Iterable[str]) -> Space:
+    """The space of a region.
+
+    Args:
+        ops: the ops in program order; each has a signature.
+        outputs: names of the results that are read outside of the region. Each must have all row
+            dims, so that every element is stored once.
+
+    Raises NoSpace where the ops do not share one.
+    """
+    return _Analysis(ops, outputs).run()
