@@ -46,6 +46,8 @@ def _layer_norm_types(ins: Sequence[TensorType], attrs: Mapping[str, Attr]) -> l
 
 
 def _layer_norm_backward(c: Any, dy: Any, x: Any, weight: Any, mean: Any, rstd: Any) -> Any:
+    # the CPU kernel reads mean and rstd as if they were contiguous, whatever their strides
+    mean, rstd = mean.contiguous(), rstd.contiguous()
     return c.torch.ops.aten.native_layer_norm_backward(
         dy, x, x.shape[-1:], mean, rstd, weight, weight, [True, True, True]
     )
