@@ -29,8 +29,8 @@ becomes
 axis), and so do the ops of the fix-up: every placed rule holds at the spmd level too. What types do
 not say is that `%l_0` holds one term per rank, although it is typed B on the axis: only
 `lse_combine` over that axis, and the fix-up's `sub`, may read it. Likewise `%o_0` is a P(sum) whose
-terms still lack a factor or a term: only the fix-up's `cast`, `mul` or `add` may read it. An axis of
-one rank splits nothing and needs no fix-up. Milakov and Gimelshein, 2018; Dao et al., 2022.
+terms still lack a factor or a term: only the fix-up's `cast`, `mul` or `add` may read it. An axis
+of one rank splits nothing and needs no fix-up. Milakov and Gimelshein, 2018; Dao et al., 2022.
 """
 
 from __future__ import annotations
