@@ -1,0 +1,188 @@
+"""Exact minimum of a cost network: reductions, bounds, elimination, and branching where needed.
+
+    1. reduce (`place_network`)
+    2. tighten: lower bound and a first assignment (`place_bound`), exclude states by reduced cost
+    3. improve the assignment: exact elimination with only the best few states of each variable
+    4. eliminate on a tree decomposition if its tables fit (`place_eliminate`): done
+    5. else branch on a variable, cheapest bound first, and solve each part the same way
+
+Every step is exact, so the result is the optimum unless time runs out; then the gap to the lower
+bound says how far it can be off. Branch and bound with soft local consistency follows Cooper et
+al., Soft arc consistency revisited, 2010.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from math import inf
+
+import numpy as np
+
+from .place_bound import exclude, lower_bound, tighten
+from .place_eliminate import order_of, solve_by_elimination
+from .place_network import FORBIDDEN, Network, reduce
+
+#: largest table of an elimination in entries: 1e7 doubles and as many choices take 120 MB
+TABLE_LOG10 = 7.0
+#: most additions of an elimination: about 2 s
+WORK_LOG10 = 8.7
+_SWEEPS = 60
+
+
+@dataclass(frozen=True)
+class Solution:
+    """An assignment and what is known about it.
+
+    Attributes:
+        states: state number of each variable.
+        cost: its cost.
+        lower_bound: no assignment costs less.
+        treewidth: width of the best elimination order of the network as given.
+        core_variables: variables left after the first reductions.
+        core_treewidth: width of the order used for them.
+        nodes: branch-and-bound nodes.
+        time_s: seconds taken.
+    """
+
+    states: dict[int, int]
+    cost: float
+    lower_bound: float
+    treewidth: int
+    core_variables: int
+    core_treewidth: int
+    nodes: int
+    time_s: float
+
+    @property
+    def exact(self) -> bool:
+        """Whether the cost is the least up to rounding."""
+        return self.cost - self.lower_bound <= 1e-6 * max(1.0, abs(self.cost))
+
+
+def solve(network: Network, limit_s: float = 30.0) -> Solution | None:
+    """The cheapest assignment, or None where every one is forbidden. The network is not changed."""
+    start = time.perf_counter()
+    width = order_of(network).width
+    search = _Search(start + limit_s)
+    search.visit(network.clone())
+    if search.best is None:
+        return None
+    search.bound = min(search.bound, search.upper)
+    cost = network.cost(search.best)
+    return Solution(
+        search.best, cost, min(search.bound, cost), width, search.core_variables,
+        search.core_width, search.nodes, time.perf_counter() - start,
+    )  # fmt: skip
+
+
+class _Search:
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+        self.upper, self.best = inf, None  # type: float, dict[int, int] | None
+        self.bound = inf  #: least bound of what was not searched to its end
+        self.nodes = self.core_variables = self.core_width = 0
+
+    def offer(self, network: Network, found: dict[int, int]) -> None:
+        """A candidate: positions of the variables that are left."""
+        cost = network.cost(found)
+        if cost < self.upper and cost < FORBIDDEN / 2:
+            self.upper = cost
+            self.best = network.complete(
+                {v: int(network.states[v][position]) for v, position in found.items()}
+            )
+
+    def closed(self, network: Network) -> bool:
+        """Whether nothing better can be in this part."""
+        return not network.feasible() or lower_bound(network) >= self.upper - self.tolerance
+
+    @property
+    def tolerance(self) -> float:
+        """Differences below it are rounding."""
+        return 1e-9 * max(1.0, abs(self.upper)) if self.upper < inf else 0.0
+
+    def visit(self, network: Network) -> None:
+        """Search one part. Changes the network."""
+        self.nodes += 1
+        reduce(network)
+        if self.nodes == 1:
+            self.core_variables = len(network.unary)
+        if not network.feasible():
+            return
+        if not network.unary:
+            self.offer(network, {})
+            return
+        if self._eliminate(network):
+            return
+        self._squeeze(network)
+        if self.closed(network):
+            return
+        if not network.unary:
+            self.offer(network, {})
+            return
+        if self._eliminate(network):
+            return
+        if time.perf_counter() > self.deadline:
+            self.bound = min(self.bound, lower_bound(network))
+            return
+        self._branch(network)
+
+    def _squeeze(self, network: Network) -> None:
+        """Bounds, candidates and exclusions until they change nothing."""
+        for _ in range(6):
+            if not network.unary:
+                return
+            _, found = tighten(network, _SWEEPS)
+            self.offer(network, found)
+            if self.nodes <= 64:
+                self._restricted(network)
+            if self.closed(network):
+                return
+            if not exclude(network, self.upper, self.tolerance):
+                return
+            if not network.feasible():
+                return
+            reduce(network)
+            if not network.feasible():
+                return
+
+    def _restricted(self, network: Network) -> None:
+        """A better candidate: the optimum over the few most promising states of each variable."""
+        for count in (8, 6, 4, 3, 2):
+            small = network.clone()
+            for v in list(small.unary):
+                promise = small.unary[v] + sum(t.min(axis=1) for t in small.near[v].values())
+                small.keep(v, np.sort(np.argsort(promise, kind="stable")[:count]))
+            reduce(small)
+            if not small.feasible():
+                continue
+            order = order_of(small)
+            if order.table_log10 <= TABLE_LOG10 - 1 and order.work_log10 <= WORK_LOG10 - 1:
+                _, found = solve_by_elimination(small, order.vertices)
+                self.offer(small, found)
+                return
+
+    def _eliminate(self, network: Network) -> bool:
+        """Solve this part by elimination if its tables fit."""
+        order = order_of(network)
+        if order.table_log10 > TABLE_LOG10 or order.work_log10 > WORK_LOG10:
+            return False
+        self.core_width = max(self.core_width, order.width)
+        _, found = solve_by_elimination(network, order.vertices)
+        self.offer(network, found)
+        return True
+
+    def _branch(self, network: Network) -> None:
+        """Split the states of the variable that costs elimination most."""
+        v = max(network.unary, key=lambda v: (
+            np.log(len(network.unary[v])) * len(network.near[v]), -v))  # fmt: skip
+        promise = network.unary[v] + sum(t.min(axis=1) for t in network.near[v].values())
+        ranked = np.argsort(promise, kind="stable")
+        middle = max(1, len(ranked) // 2)
+        for half in (ranked[:middle], ranked[middle:]):
+            part = network.clone()
+            part.keep(v, np.sort(half))
+            if time.perf_counter() > self.deadline:
+                self.bound = min(self.bound, lower_bound(part))
+            elif not self.closed(part):
+                self.visit(part)
