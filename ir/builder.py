@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .module import NOWHERE, Attr, Function, Location, Namer, Op, Value
-from .opdef import OPS, full_attrs
+from .opdef import full_attrs
+from .ops import OPS
 from .types import TensorType
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from .base import Pass
 from .fuse import Fuse
 from .inline import Inline
+from .outline import Outline
 from .schedule import Schedule
 
 #: every pass, in the order in which a program meets them
