@@ -25,9 +25,22 @@ from math import inf, prod
 import numpy as np
 from numpy.typing import NDArray
 
+from ..costmodel.collectives import volume
 from ..ir.errors import CompileError
 from ..ir.module import Attr
-from ..ir.types import COMBINES, DTYPES, B, Mesh, P, Placement, S, TensorType, shard_size
+from ..ir.types import (
+    COMBINES,
+    DTYPES,
+    B,
+    Mesh,
+    P,
+    Placement,
+    S,
+    TensorType,
+    illegal_parts,
+    illegal_placement,
+    shard_size,
+)
 
 Placements = tuple[Placement, ...]
 #: (step's op name, bytes of the operand on the largest rank, ranks of the axis, axis name) -> us
@@ -49,57 +62,11 @@ class Step:
     placement: Placements
 
 
-def volume(step: str, bytes_in: float, ranks: int) -> float:
-    """Bytes that each rank sends: ring algorithms for reductions, pairwise for all_to_all."""
-    share = (ranks - 1) / ranks
-    factor = {
-        "all_reduce": 2 * share,
-        "reduce_scatter": share,
-        "all_gather": ranks - 1.0,
-        "all_to_all": share,
-    }
-    return bytes_in * factor.get(step, 0.0)
-
-
 def default_cost(step: str, bytes_in: float, ranks: int, axis: str) -> float:
     """Microseconds of a step on 8 GPUs of one host; local steps are free."""
     if ranks == 1 or step not in _ALPHA_US:
         return 0.0
     return _ALPHA_US[step] + volume(step, bytes_in, ranks) / _BYTES_PER_S * 1e6
-
-
-def illegal_placement(type: TensorType, mesh: Mesh, placement: Placements) -> str:
-    """Why a tensor cannot be placed so; empty when it can.
-
-    A dim needs an element for each of its parts; partial values have one combine, and only numbers
-    can be summed.
-    """
-    if len(placement) != len(mesh.axes):
-        return f"{len(placement)} placements for {len(mesh.axes)} axes"
-    return _illegal(type.dtype, type.shape, mesh.sizes, placement)
-
-
-@lru_cache(maxsize=65536)
-def _illegal(
-    dtype: str, shape: tuple[int, ...], sizes: tuple[int, ...], placement: Placements
-) -> str:
-    parts: dict[int, int] = {}
-    combines = set()
-    for entry, size in zip(placement, sizes, strict=True):
-        if entry.kind == "S":
-            parts[entry.dim] = parts.get(entry.dim, 1) * size
-        elif entry.kind == "P":
-            combines.add(entry.combine)
-    for dim, count in parts.items():
-        if not 0 <= dim < len(shape):
-            return f"there is no dim {dim}"
-        if shape[dim] < count:
-            return f"dim {dim} of size {shape[dim]} cannot be cut into {count} parts"
-    if len(combines) > 1:
-        return f"partial in {' and '.join(sorted(combines))} at once"
-    if "sum" in combines and dtype == "bool":
-        return "a bool tensor cannot be a sum"
-    return ""
 
 
 def legal_placements(
@@ -138,7 +105,7 @@ def _steps(
             continue
         for op, attrs, after in _axis_steps(entry, len(shape), inner, partial[axis]):
             placement = (*state[:axis], after, *state[axis + 1 :])
-            if not _illegal(dtype, shape, mesh.sizes, placement):
+            if not illegal_parts(dtype, shape, mesh.sizes, placement):
                 name = mesh.names[axis]
                 out.append((axis, Step(op, name, {"axis": name, **attrs}, placement)))
     return tuple(out)
