@@ -188,3 +188,40 @@ def parts_of(type: TensorType, mesh: Mesh, dim: int) -> int:
     """Number of parts that `dim` is cut into."""
     pairs = zip(type.placement or (), mesh.sizes, strict=False)
     return prod(size for placement, size in pairs if placement == S(dim))
+
+
+def illegal_placement(type: TensorType, mesh: Mesh, placement: Sequence[Placement]) -> str:
+    """Why a tensor cannot be placed so; empty when it can.
+
+    There is one entry for each axis, a dim needs an element for each of its parts, partial values
+    have one combine, and only numbers can be summed.
+    """
+    if len(placement) != len(mesh.axes):
+        return f"{len(placement)} placements for {len(mesh.axes)} axes"
+    return illegal_parts(type.dtype, type.shape, mesh.sizes, tuple(placement))
+
+
+@lru_cache(maxsize=65536)
+def illegal_parts(
+    dtype: str, shape: tuple[int, ...], sizes: tuple[int, ...], placement: tuple[Placement, ...]
+) -> str:
+    """`illegal_placement` on the parts of its arguments, one placement for each axis size."""
+    parts: dict[int, int] = {}
+    combines = set()
+    for entry, size in zip(placement, sizes, strict=True):
+        if entry.kind == "S":
+            parts[entry.dim] = parts.get(entry.dim, 1) * size
+        elif entry.kind == "P":
+            combines.add(entry.combine)
+    for dim, count in parts.items():
+        if not 0 <= dim < len(shape):
+            return f"there is no dim {dim}"
+        if shape[dim] < count:
+            return f"dim {dim} of size {shape[dim]} cannot be cut into {count} parts"
+    if not combines.issubset(COMBINES):
+        return f"partial in {', '.join(sorted(combines))}, known: {', '.join(COMBINES)}"
+    if len(combines) > 1:
+        return f"partial in {' and '.join(sorted(combines))} at once"
+    if "sum" in combines and dtype == "bool":
+        return "a bool tensor cannot be a sum"
+    return ""

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from ..ir.errors import CompileError
 from ..ir.module import NOWHERE, Function, Location, Module, Namer, Op, Value
 from ..ir.opdef import OPS, signature_of
-from ..ir.types import B, Mesh, Placement
-from .reshard import Placements, illegal_placement
+from ..ir.types import B, Mesh, Placement, illegal_placement
+from .reshard import Placements
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from typing import ClassVar
 from ..ir.errors import CompileError
 from ..ir.module import Function, Module, Op
 from ..ir.opdef import OPS, signature_of
-from ..ir.types import Mesh, TensorType
+from ..ir.types import Mesh, TensorType, illegal_placement
 from .apply import Choices, FunctionChoices, apply
 from .base import Pass
-from .reshard import Placements, illegal_placement, legal_placements
+from .reshard import Placements, legal_placements
 
 _AXES = "xyzw"
 
