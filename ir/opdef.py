@@ -42,6 +42,9 @@ class Context(Protocol):
     def dtype(self, result: int = 0) -> Any:
         """torch dtype of a result."""
 
+    def once(self, build: Callable[..., Any], *operands: Any) -> Any:
+        """`build(self, *operands)` of the first call: for what depends on shapes only."""
+
     def index(self, tensor: int, device: Any = None) -> Any:
         """Global linear index (int64) of each element of this rank's part of result `tensor`."""
 

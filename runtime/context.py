@@ -7,7 +7,7 @@ so an executor can keep it and call `OPS[op.name].ref(context, *tensors)` every 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from types import ModuleType
 from typing import Any
@@ -76,6 +76,7 @@ class OpContext:
         self.attrs: Mapping[str, Attr] = {**defaults, **op.attrs}
         self._dtypes = tuple(TORCH_DTYPES[value.type.dtype] for value in op.results)
         self._ranges: dict[str, tuple[int, int]] = {}
+        self._once: dict[object, Any] = {}
 
     @cached_property
     def signature(self) -> Signature:
@@ -136,6 +137,16 @@ class OpContext:
             line = torch.arange(offset, offset + size, device=out.device)
             out = (out * total).unsqueeze(-1) + line
         return out
+
+    def once(self, build: Callable[..., Any], *operands: Tensor) -> Any:
+        """`build(self, *operands)` of the first call, for what depends on shapes only.
+
+        The operands of a context have the same shapes, dtypes and device in every call.
+        """
+        found = self._once.get(build)
+        if found is None:
+            found = self._once[build] = build(self, *operands)
+        return found
 
     @cached_property
     def _aten_call(self) -> tuple[Any, list[Any], dict[str, Any]]:

@@ -75,7 +75,23 @@ def _split(c: Any, rest: Sequence[Any]) -> tuple[Any, Any]:
     return mask, rest[-1] if c.attrs["dropout"] else None
 
 
+def _flash(c: Any, q: Any, k: Any, v: Any) -> bool:
+    """Can PyTorch's fused CPU kernel compute this op, and may it?
+
+    It aligns causal rows and columns at their first ones, knows one head size, and has no dropout.
+    """
+    a = c.attrs
+    return (
+        c.fused and q.device.type == "cpu" and q.dtype != c.torch.float64
+        and not a["mask"] and not a["dropout"] and q.shape[-1] == v.shape[-1]
+        and not (a["causal"] and (c.offset("s") or c.offset("t")))
+    )  # fmt: skip
+
+
 def _attention(c: Any, q: Any, k: Any, v: Any, *rest: Any) -> Any:
+    if c.once(_flash, q, k, v):
+        flash = c.torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return flash(q, k, v, 0.0, c.attrs["causal"], scale=c.attrs["scale"])
     mask, seed = _split(c, rest)
     scores = _scores(c, q, k, mask)
     lse = scores.logsumexp(-1)
@@ -91,6 +107,8 @@ def _attention(c: Any, q: Any, k: Any, v: Any, *rest: Any) -> Any:
 def _attention_backward(
     c: Any, dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *rest: Any
 ) -> Any:
+    if c.once(_flash, q, k, v):
+        return _flash_backward(c, dout, q, k, v, out, lse)
     mask, seed = _split(c, rest)
     scores = _scores(c, q, k, mask)
     b, g, r, s, t = scores.shape
@@ -109,6 +127,17 @@ def _attention_backward(
     dk = (dscores.transpose(-1, -2) @ q.to(wide).reshape(b, g, r, s, -1)).sum(2)
     dv = (dropped.transpose(-1, -2) @ grad).sum(2)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _flash_backward(c: Any, dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any) -> Any:
+    flash = c.torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    groups, repeats = k.shape[1], q.shape[1] // k.shape[1]
+    if repeats > 1:  # this kernel wants as many key heads as query heads
+        k, v = (x.repeat_interleave(repeats, 1) for x in (k, v))
+    dq, dk, dv = flash(dout, q, k, v, out, lse, 0.0, c.attrs["causal"], scale=c.attrs["scale"])
+    if repeats > 1:
+        dk, dv = (x.unflatten(1, (groups, repeats)).sum(2) for x in (dk, dv))
+    return dq, dk, dv
 
 
 def _flops(products: float) -> Callable[[Signature], float]:

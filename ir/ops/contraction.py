@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from math import prod
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..module import Attr, Op
 from ..opdef import AttrSpec, define
 from ..signature import Shape, Signature, SignatureError, instantiate, parse_signature
 from ..types import TensorType
+from .product import product_of
 
 
 def _spec(attrs: Mapping[str, Attr]) -> str:
@@ -44,9 +42,9 @@ def _einsum_verify(op: Op) -> str:
     except SignatureError as error:
         return str(error)
     for tensor in (*template.operands, *template.results):
-        names = [name for item in tensor for name in item.names]
+        here = [name for item in tensor for name in item.names]
         plain = all(len(i.names) == 1 and not i.variadic and not i.whole for i in tensor)
-        if not plain or len(set(names)) != len(names):
+        if not plain or len(set(here)) != len(here):
             return "an einsum spec has plain dims only, each at most once in a tensor"
     names = {n for tensor in template.operands for item in tensor for n in item.names}
     if any(name not in names for item in template.results[0] for name in item.names):
@@ -54,73 +52,12 @@ def _einsum_verify(op: Op) -> str:
     return ""
 
 
-@dataclass(frozen=True)
-class _Product:
-    """How an einsum becomes one matrix product: computed once per spec.
-
-    `x` is brought to (batch, rows, inner) and `y` to (batch, inner, columns) by a permutation and
-    a grouping of dims; dims that only one operand has and the result lacks are summed first.
-    """
-
-    sums: tuple[tuple[int, ...], tuple[int, ...]]
-    orders: tuple[tuple[int, ...], tuple[int, ...]]
-    counts: tuple[int, int, int, int]  #: numbers of batch, row, column and inner dims
-    result: tuple[int, ...]  #: permutation of (batch, rows, columns) dims to the result's
+def _einsum_ref(c: Any, x: Any, y: Any) -> Any:
+    return c.once(_bound, x, y)(x, y)
 
 
-@lru_cache(maxsize=None)
-def _product(spec: str) -> _Product:
-    template = parse_signature(spec)
-    x, y = ([item.names[0] for item in items] for items in template.operands)
-    out = [item.names[0] for item in template.results[0]]
-    batch = [n for n in out if n in x and n in y]
-    rows = [n for n in out if n not in y]
-    columns = [n for n in out if n not in x]
-    inner = [n for n in x if n in y and n not in out]
-    sums = tuple(
-        tuple(d for d, n in enumerate(own) if n not in other and n not in out)
-        for own, other in ((x, y), (y, x))
-    )
-    x, y = ([n for n in own if n in other or n in out] for own, other in ((x, y), (y, x)))
-    made = batch + rows + columns
-    return _Product(
-        (sums[0], sums[1]),
-        (tuple(map(x.index, batch + rows + inner)), tuple(map(y.index, batch + inner + columns))),
-        (len(batch), len(rows), len(columns), len(inner)),
-        tuple(map(made.index, out)),
-    )
-
-
-def _is_identity(order: tuple[int, ...]) -> bool:
-    return order == tuple(range(len(order)))
-
-
-def einsum(x: Any, y: Any, spec: str) -> Any:
-    """The product that a spec names, as one (batched) matrix product: `torch.einsum`, but nothing
-    is parsed twice, and matrices that are already matrices are not reshaped."""
-    plan = _product(spec)
-    batch, rows, columns, inner = plan.counts
-    tensors = [x, y]
-    for i in (0, 1):
-        if plan.sums[i]:
-            tensors[i] = tensors[i].sum(plan.sums[i])
-        if not _is_identity(plan.orders[i]):
-            tensors[i] = tensors[i].permute(plan.orders[i])
-    x, y = tensors
-    if not inner and not (rows and columns):  # no sum: an elementwise product
-        out = x.reshape(*x.shape, *(1,) * columns) * y.reshape(
-            *y.shape[:batch], *(1,) * rows, *y.shape[batch:])
-    else:
-        shape = (*x.shape[: batch + rows], *y.shape[batch + inner :])
-        if plan.counts[1:] != (1, 1, 1) or batch > 1:
-            lead = (prod(x.shape[:batch]),) if batch else ()
-            m, k = prod(x.shape[batch : batch + rows]), prod(x.shape[batch + rows :])
-            x = x.reshape(*lead, m, k)
-            y = y.reshape(*lead, k, prod(y.shape[batch + inner :]))
-        out = x @ y
-        if out.shape != shape:
-            out = out.reshape(shape)
-    return out if _is_identity(plan.result) else out.permute(plan.result)
+def _bound(c: Any, x: Any, y: Any) -> Callable[[Any, Any], Any]:
+    return product_of(c.torch, c.attrs["spec"], tuple(x.shape), tuple(y.shape))
 
 
 define(
@@ -130,7 +67,7 @@ define(
     signature=_einsum, types=_einsum_types, verify=_einsum_verify,
     linear=((0,), (1,)),
     attrs={"spec": AttrSpec("str", doc="e.g. `b s k, n k -> b s n`")},
-    ref=lambda c, x, y: einsum(x, y, c.attrs["spec"]),
+    ref=_einsum_ref,
 )  # fmt: skip
 
 _CONV = {
