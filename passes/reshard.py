@@ -7,7 +7,7 @@ are at most (r + 2)^a states, so a plan takes microseconds to milliseconds, and 
     all_reduce      P(c) -> B        all_gather  S(d) -> B       shard    B    -> S(d)   (local)
     reduce_scatter  P(c) -> S(d)     all_to_all  S(d) -> S(e)    partial  B, S -> P(c)   (local)
 
-Several axes on one dim nest in mesh order (`ir/types.py`), so a rank's part of a dim is contiguous
+(`partial` from S is for sums.) Several axes on one dim nest in mesh order (`ir/types.py`), so a rank's part of a dim is contiguous
 only along the innermost axis that splits it: a step may add or remove a split of dim d on an axis
 only if no later axis splits d. Steps create partial values only where the target is partial, and
 a tensor never is partial in two different combines at once: sums and maxima do not commute.
@@ -128,7 +128,7 @@ def _axis_steps(
     else:
         for dim in targets:
             yield "shard", {"dim": dim}, S(dim)
-    if partial:
+    if partial and (entry == B or partial == "sum"):  # zeros beside a part are neutral in sums only
         yield "partial", {"combine": partial}, P(partial)
 
 
