@@ -2,7 +2,7 @@
 
 Blocks are found by structure; module paths only break ties and give names. Four steps:
 
-1. `layout`: ops that many blocks may share (they do not depend on both parameters and inputs: masks,
+1. `layout`: ops that many blocks may share (on parameters or on inputs, not on both: masks,
    rotary tables, seeds) move to the front, ops on parameters alone (casts, transposes of weights)
    to their only user. Constants leave the sequence: each function gets copies of its own.
 2. `outline_find`: repeats of the remaining word of ops, the largest saving first; of the rotations
@@ -65,7 +65,7 @@ class Outline(Pass):
 
 
 def layout(function: Function) -> tuple[list[Op], list[Op]]:
-    """(ops shared by blocks, constants; the ops in which to look for blocks), both in valid order."""
+    """(constants and ops shared by blocks; the ops that may form blocks), both in valid order."""
     ops = function.ops
     users: dict[str, list[int]] = {}
     for index, op in enumerate(ops):

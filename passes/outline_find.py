@@ -2,8 +2,8 @@
 
 A program is a word over colours (an op's name, attributes and types). For each shift `d`, the
 positions where the word equals itself shifted by `d` form runs; a run of at least `d` positions is
-a tandem repeat `w w ... w` of period `d`, a shorter one is a pair of equal subwords. All runs of all
-shifts take O(n^2) byte-sized comparisons in numpy: 0.2 s for 6,000 ops. (Suffix structures do it in
+a tandem repeat `w w ... w` of period `d`, a shorter one is a pair of equal subwords. All runs of
+all shifts take O(n^2) comparisons in numpy: 0.2 s for 6,000 ops. (Suffix structures do it in
 O(n log n), Kolpakov and Kucherov 1999, at the price of several times the code.)
 """
 

@@ -1,6 +1,6 @@
-"""The one list of passes, and the default pipeline.
+"""The one list of passes, and the default pipelines.
 
-To add a pass: write it in a file of its own, import it here, and put it into `PASSES`.
+To add a pass: write it in a file of its own, import it here, and put it into `_ORDER`.
 """
 
 from __future__ import annotations
@@ -8,13 +8,15 @@ from __future__ import annotations
 from .base import Pass
 from .fuse import Fuse
 from .inline import Inline
+from .lower import Lower
 from .outline import Outline
+from .random_place import RandomPlace
 from .schedule import Schedule
 
-#: every pass, in the order in which a program meets them
-PASSES: tuple[type[Pass], ...] = (Inline, Fuse, Schedule)
+#: in the order in which a program meets them
+_ORDER: tuple[type[Pass], ...] = (Outline, Inline, RandomPlace, Lower, Fuse, Schedule)
 
-#: name -> pass
-TABLE: dict[str, type[Pass]] = {cls.name: cls for cls in PASSES}
-if len(TABLE) != len(PASSES):
+#: every pass by its name
+PASSES: dict[str, type[Pass]] = {cls.name: cls for cls in _ORDER}
+if len(PASSES) != len(_ORDER):
     raise ValueError("two passes have the same name")

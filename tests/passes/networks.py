@@ -102,7 +102,7 @@ def encoder_decoder(encoders: int, decoders: int, width: int = 4) -> Module:
 
 
 def residual_stages(blocks: tuple[int, ...] = (3, 4, 2), channels: int = 4) -> Module:
-    """ResNet-like stages: the first block of a stage changes the width; running means are updated."""
+    """ResNet-like: the first block of a stage changes the width; running means are updated."""
     n = Net()
     x = n.b.param(n.type(2, 3, channels), "x", role="input")
     width = channels
