@@ -20,9 +20,7 @@ from ..ir.errors import CompileError, Span
 from .base import OptionValue, Pass, option_specs
 from .registry import PASSES
 
-_TOKEN = re.compile(
-    r'[\s,]*(?:([A-Za-z][\w-]*)|([\[\]=])|("(?:[^"\\]|\\.)*")|([\w.:+-]+))', re.ASCII
-)
+_TOKEN = re.compile(r'[\s,]*([\[\]=]|"(?:[^"\\]|\\.)*"|[\w.:+-]+)', re.ASCII)
 _BARE = re.compile(r"[\w.:+-]+", re.ASCII)
 
 
