@@ -43,8 +43,10 @@ def _embedding_backward(c: Any, dy: Any, ids: Any) -> Any:
 
 
 define(name="embedding", family="indexing", flops_per_point=0,
-       doc="rows of a table: (ids, table) -> rows; a row held by another rank gives 0",
+       doc="rows of a table: (ids, table) -> rows; a row held by another rank gives 0. Row "
+           "`padding_idx` (or -1) gets no gradient",
        signature="a..., v d -> a... d ; v=sum", linear=((1,),),
+       attrs={"padding_idx": AttrSpec("int", -1)},
        types=lambda ins, attrs: [TensorType(ins[1].dtype, (*ins[0].shape, ins[1].shape[1]))],
        ref=_embedding)  # fmt: skip
 define(name="embedding_backward", family="indexing", flops=_first,

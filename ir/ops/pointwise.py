@@ -69,6 +69,8 @@ unary("ceil", "round up", lambda c, x: x.ceil())
 unary("round", "round half to even", lambda c, x: x.round())
 unary("logical_not", "not x", lambda c, x: x.logical_not(), types=_like("bool"))
 unary("isfinite", "neither infinite nor NaN", lambda c, x: x.isfinite(), types=_like("bool"))
+unary("stop_gradient", "x, a constant for differentiation; the frontend removes it afterwards",
+      lambda c, x: x, flops=0.0, linear=((0,),))  # fmt: skip
 unary("cast", "convert to the result's dtype", lambda c, x: x.to(c.dtype()), linear=((0,),),
       types=None)  # fmt: skip
 
