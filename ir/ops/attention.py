@@ -61,7 +61,8 @@ def _keep(c: Any, shape: tuple[int, ...], seed: Any) -> Any:
     b, g, r, s, t = shape
     index = c.torch.zeros((), dtype=c.torch.int64, device=seed.device)
     heads = c.size("g") * c.size("r")
-    starts = (c.offset("b"), c.offset("g") * c.size("r"), c.offset("s"), c.offset("t"))
+    head = c.offset("g") * c.size("r") + c.offset("r")
+    starts = (c.offset("b"), head, c.offset("s"), c.offset("t"))
     totals = (c.size("b"), heads, c.size("s"), c.size("t"))
     for count, start, total in zip((b, g * r, s, t), starts, totals, strict=True):
         index = (index * total).unsqueeze(-1) + c.torch.arange(count, device=seed.device) + start
