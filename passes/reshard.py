@@ -7,10 +7,11 @@ are at most (r + 2)^a states, so a plan takes microseconds to milliseconds, and 
     all_reduce      P(c) -> B        all_gather  S(d) -> B       shard    B    -> S(d)   (local)
     reduce_scatter  P(c) -> S(d)     all_to_all  S(d) -> S(e)    partial  B, S -> P(c)   (local)
 
-(`partial` from S is for sums.) Several axes on one dim nest in mesh order (`ir/types.py`), so a rank's part of a dim is contiguous
+Several axes on one dim nest in mesh order (`ir/types.py`), so a rank's part of a dim is contiguous
 only along the innermost axis that splits it: a step may add or remove a split of dim d on an axis
-only if no later axis splits d. Steps create partial values only where the target is partial, and
-a tensor never is partial in two different combines at once: sums and maxima do not commute.
+only if no later axis splits d. Steps create partial values only where the target is partial, from a
+part only for sums, and a tensor never is partial in two different combines at once: sums and maxima
+do not commute.
 """
 
 from __future__ import annotations
