@@ -63,7 +63,7 @@ def _sgd(c: Any, p: Any, g: Any, *rest: Any) -> Any:
         return p - lr.to(p.dtype) * g
     (buffer,) = state
     # the first step sets the buffer to the gradient, without dampening, as torch does
-    damp = c.torch.where(step <= 1, 1.0, 1.0 - a["dampening"]).to(p.dtype)
+    damp = (1.0 - a["dampening"] * (step > 1).to(c.torch.float64)).to(p.dtype)
     buffer = a["momentum"] * buffer + damp * g
     g = g + a["momentum"] * buffer if a["nesterov"] else buffer
     return p - lr.to(p.dtype) * g, buffer

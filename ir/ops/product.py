@@ -38,7 +38,7 @@ def _multiply(product: Any, left: Any, right: Any, last: Any) -> Callable[[Any, 
         inner = lambda x, y: product(left(x), y)  # noqa: E731
     elif right:
         inner = lambda x, y: product(x, right(y))  # noqa: E731
-    return (lambda x, y: last(inner(x, y))) if last else inner  # type: ignore[no-any-return]
+    return (lambda x, y: last(inner(x, y))) if last else inner
 
 
 def product_of(torch: Any, spec: str, x_shape: Shape, y_shape: Shape) -> Callable[[Any, Any], Any]:
@@ -80,7 +80,8 @@ def _product(
     last = _arrange(batch + rows + columns, out, of(out), sizes)
     if not inner and not (rows and columns):  # nothing is summed: elementwise
         left = _arrange(x, batch + rows, of(batch + rows) + [1] * len(columns), sizes)
-        right = _arrange(y, batch + columns, of(batch + columns), sizes)
+        spread = [*of(batch), *[1] * len(rows), *of(columns)]
+        right = _arrange(y, batch + columns, spread, sizes)
         return _multiply(torch.mul, left, right, last)
     k = prod(of(inner))
     if not batch:

@@ -88,7 +88,7 @@ define(name="argmax", family="reduction", doc="index of the first largest elemen
        ref=lambda c, x: x.argmax(c.attrs["dims"][0], keepdim=c.attrs["keepdim"]))  # fmt: skip
 
 
-def along() -> Callable[..., Signature]:
+def along(linear: tuple[tuple[int, ...], ...] = ()) -> Callable[..., Signature]:
     """Signature of ops that keep dim `dim` whole and treat every other dim alike."""
 
     def signature(
@@ -113,14 +113,14 @@ def along() -> Callable[..., Signature]:
                     raise SignatureError(f"dim {d} is {known.size} in one tensor, {size} in another")
                 row.append((name,))
             maps.append(tuple(row))
-        return maps_signature(dims, maps[: len(ins)], maps[len(ins) :])
+        return maps_signature(dims, maps[: len(ins)], maps[len(ins) :], linear)
 
     return signature
 
 
 _DIM = {"dim": AttrSpec("int", doc="a tensor dim, >= 0")}
 define(name="cumsum", family="reduction", doc="running sum along a dim, which must be whole",
-       signature=along(), attrs=_DIM, types=lambda ins, attrs: [ins[0]],
+       signature=along(((0,),)), linear=((0,),), attrs=_DIM, types=lambda ins, attrs: [ins[0]],
        ref=lambda c, x: x.cumsum(c.attrs["dim"], dtype=c.dtype()))  # fmt: skip
 define(name="sort", family="reduction", doc="sorted values along a dim, and their old indices",
        signature=along(), attrs={**_DIM, "descending": AttrSpec("bool", False)},
