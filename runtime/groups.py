@@ -1,0 +1,169 @@
+"""A rank's place on the mesh, and its process groups."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
+
+from ..ir.errors import RunError
+from ..ir.types import Mesh, TensorType, local_shape
+
+#: Seconds after which a collective that some rank does not join raises: long enough for a rank
+#: that compiles kernels or writes a checkpoint meanwhile, short enough to notice on the same day.
+TIMEOUT_S = 300.0
+
+#: Seconds that a rank waits for the others to say that they live: ranks meet the end of a peer's
+#: connections within milliseconds, and the interpreter's start-up cannot fall into it.
+ROLL_CALL_S = 3.0
+
+Finish = Callable[[], Tensor]
+Shape = tuple[int, ...]
+
+
+class Pending:
+    """A transfer under way. It keeps its operand alive until `wait`."""
+
+    __slots__ = ("works", "_finish", "_kept")
+
+    def __init__(self, works: Sequence[Any], finish: Finish, kept: object = None) -> None:
+        self.works, self._finish, self._kept = works, finish, kept
+
+    def wait(self) -> Tensor:
+        """The result, once the transfer is done."""
+        for work in self.works:
+            work.wait()
+        self._kept = None
+        return self._finish()
+
+
+class Groups:
+    """The process groups of one rank on a mesh, one for each axis of more than one rank.
+
+    Args:
+        mesh: the mesh of the plan.
+        rank: this rank; that of torch.distributed by default.
+        stages: pipeline stages, each with a mesh of its own; stage i owns ranks i * mesh.size on.
+        timeout_s: how long a collective may wait for the other ranks.
+
+    Raises RunError W0801 when the mesh needs another number of ranks than there are.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        rank: int | None = None,
+        *,
+        stages: int = 1,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        self.mesh, self.timeout_s = mesh, timeout_s
+        self.distributed = dist.is_available() and dist.is_initialized()
+        check_world(mesh, stages)
+        self.rank = rank if rank is not None else dist.get_rank() if self.distributed else 0
+        self.coord = mesh.coord(self.rank % mesh.size)
+        self._groups = {name: self._new_group(name) for name in mesh.names}
+        self.nccl = self.distributed and dist.get_backend() == "nccl"
+
+    def _new_group(self, axis: str) -> Any:
+        """The process group along an axis; None where the axis has one rank.
+
+        Members alone take part in its making, axis after axis in mesh order on all ranks.
+        """
+        ranks = self.members(axis)
+        if len(ranks) == 1:
+            return None
+        key = (ranks, self.timeout_s)
+        found = _GROUPS.get(key)
+        if found is None or found[0] is not dist.group.WORLD:
+            group = dist.new_group(
+                list(ranks), timeout=timedelta(seconds=self.timeout_s),
+                use_local_synchronization=True,
+            )  # fmt: skip
+            _GROUPS[key] = found = (dist.group.WORLD, group)
+        return found[1]
+
+    def group(self, axis: str) -> Any:
+        """The process group along an axis, or None for a single rank. Raises KeyError."""
+        return self._groups[axis]
+
+    def members(self, axis: str) -> tuple[int, ...]:
+        """The ranks of this rank's process group along an axis."""
+        base = self.rank - self.rank % self.mesh.size
+        return tuple(base + r for r in self.mesh.group(self.rank % self.mesh.size, [axis]))
+
+    def coords(self, axis: str) -> list[tuple[int, ...]]:
+        """The mesh coordinates of the members of this rank's group along an axis."""
+        return [self.mesh.coord(rank % self.mesh.size) for rank in self.members(axis)]
+
+    def position(self, axis: str) -> int:
+        """This rank's coordinate along an axis."""
+        return self.coord[self.mesh.axis(axis)]
+
+    def shape(self, type: TensorType) -> Shape:
+        """This rank's local shape of a type."""
+        return local_shape(type, self.mesh, self.coord)
+
+    def report(self, text: str) -> None:
+        """Tell the other ranks why this one fails."""
+        if self.distributed:
+            with suppress(RuntimeError):  # the store may be gone with the rank that held it
+                _get_default_store().set(f"weft/failed/{self.rank}", text)
+
+    def roll_call(self, patience_s: float = ROLL_CALL_S) -> list[str]:
+        """After a failed transfer: which ranks failed on their own, or do not answer.
+
+        Each rank that comes here answers; a rank that neither answers nor reported within
+        `patience_s` is dead, or still busy.
+        """
+        if not self.distributed:
+            return []
+        world = range(dist.get_world_size())
+        try:
+            store = _get_default_store()
+            store.set(f"weft/answer/{self.rank}", "")
+            until = time.monotonic() + patience_s
+            silent = [rank for rank in world if rank != self.rank]
+            found: list[str] = []
+            while silent and time.monotonic() < until:
+                for rank in list(silent):
+                    if store.check([f"weft/failed/{rank}"]):
+                        why = store.get(f"weft/failed/{rank}").decode(errors="replace")
+                        found.append(f"rank {rank} failed in {why}")
+                        silent.remove(rank)
+                    elif store.check([f"weft/answer/{rank}"]):
+                        silent.remove(rank)
+                if found:
+                    return found
+                time.sleep(0.05)
+        except RuntimeError as error:  # so is every error of a store
+            return [f"the rank that holds the store does not answer ({error})"]
+        return [f"rank {rank} does not answer" for rank in silent]
+
+    def barrier(self) -> None:
+        """Wait for all ranks of the world."""
+        if self.distributed:
+            dist.barrier()
+
+
+_GROUPS: dict[tuple[tuple[int, ...], float], tuple[Any, Any]] = {}
+
+
+def check_world(mesh: Mesh, stages: int = 1) -> None:
+    """Raise RunError W0801 when the world does not have the ranks that a mesh needs."""
+    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    needed = mesh.size * stages
+    if world != needed:
+        axes = ", ".join(f"{name}={size}" for name, size in mesh.axes) or "no axes"
+        raise RunError(
+            "W0801", f"the plan is for {needed} ranks ({axes}), this run has {world}",
+            reason="each rank's part of every tensor was fixed when the plan was made",
+            hint=f"start it with: torchrun --nproc-per-node {needed} -m weft run ..., "
+            f"or compile again for a cluster of {world} devices",
+        )  # fmt: skip

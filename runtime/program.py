@@ -1,0 +1,300 @@
+"""A plan that is ready to run on this rank: state in, steps, state out.
+
+    program = Program(module, device="cpu")
+    program.load_state(model.state_dict())
+    (loss,) = program.step(tokens, lr=1e-3)
+    weights = program.state_dict()
+
+Inputs, loaded state and results are whole tensors, the same on every rank, which keeps its part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..ir.errors import RunError
+from ..ir.module import Function, Module, Value
+from ..ir.types import Mesh, TensorType
+from .comm import TIMEOUT_S, Comm
+from .context import TORCH_DTYPES
+from .executor import Executor
+from .schedule_check import check
+from .trace import Trace
+from .wrapper import Kernel
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory of this rank, in bytes.
+
+    Attributes:
+        state_bytes: parameters, buffers and optimizer states.
+        planned_bytes: the largest number of bytes of live tensors during a step, by the plan.
+        peak_bytes: the highest resident set of the process so far, or on a GPU the most bytes that
+            the allocator gave out.
+    """
+
+    state_bytes: int
+    planned_bytes: int
+    peak_bytes: int
+
+
+class Program:
+    """A schedule-level module on one rank. All ranks make the same calls in the same order.
+
+    Args:
+        module: the plan.
+        comm: this rank's communication; made from torch.distributed by default.
+        device: where this rank's tensors live.
+        kernels: compiled kernels by name.
+        timeout_s: how long a collective may wait for the other ranks.
+
+    Raises RunError W0801 when the world does not fit the plan, W0802 when the ranks' schedules
+    do not agree, W0804 when the module is not at the schedule level.
+    """
+
+    def __init__(
+        self,
+        module: Module,
+        comm: Comm | None = None,
+        device: torch.device | str = "cpu",
+        *,
+        kernels: Mapping[str, Kernel] | None = None,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        self.comm = comm or Comm(module.mesh or Mesh(), timeout_s=timeout_s)
+        same_plan(module, self.comm)
+        self.executor = Executor(module, comm=self.comm, device=device, kernels=kernels)
+        self._trace: Trace | None = None
+        names = _names(module.entry)
+        self._kept = [(names[value.name], value) for value in self.executor.kept]
+        self._fed = [(names[v.name], v, self._role(v)) for v in self.executor.fed]
+
+    def _role(self, value: Value) -> str:
+        return self.executor.wrapper.roles[value.name]
+
+    # -- state --------------------------------------------------------------------------------
+
+    def load_state(self, full: Mapping[str, Tensor], *, strict: bool = True) -> None:
+        """Take whole tensors by name and keep this rank's part; the tensors stay the caller's.
+
+        An optimizer state that is missing starts at 0, a step counter too.
+
+        Args:
+            strict: refuse names that the plan does not have, unless another name has the same
+                memory (tied weights), and parameters or buffers that are missing.
+
+        Raises RunError W0804 for wrong names, shapes or dtypes; then nothing was changed.
+        """
+        if strict:
+            self._check_names(full)
+        shards: dict[int, Tensor] = {}
+        for slot, (name, value) in enumerate(self._kept):
+            if name in full:
+                _fits(full[name], value.type, f"state {name!r}")
+                shards[slot] = self._own(full[name], value)
+            elif self._role(value) == "state":
+                shards[slot] = torch.zeros_like(self.executor.state[slot])
+        for slot, shard in shards.items():
+            self.executor.state[slot] = shard
+
+    def init_state(self, fn: Callable[[str, TensorType], Tensor]) -> None:
+        """Set each parameter and buffer to this rank's part of `fn(name, type)`, one at a time.
+
+        `fn` gives a whole tensor, the same on all ranks. Optimizer states start at 0.
+        """
+        for slot, (name, value) in enumerate(self._kept):
+            if self._role(value) == "state":
+                self.executor.state[slot] = torch.zeros_like(self.executor.state[slot])
+                continue
+            tensor = fn(name, value.type)
+            _fits(tensor, value.type, f"state {name!r}")
+            self.executor.state[slot] = self._own(tensor, value)
+
+    def state_dict(self, full: bool = True) -> dict[str, Tensor]:
+        """All state by name: whole tensors (all ranks must call), or copies of local shards."""
+        out = {}
+        for slot, (name, value) in enumerate(self._kept):
+            shard = self.executor.state[slot].clone()
+            out[name] = self.comm.gather(shard, value.type) if full else shard
+        return out
+
+    def _own(self, tensor: Tensor, value: Value) -> Tensor:
+        shard = self.executor.place(tensor.detach(), value)
+        return shard.clone(memory_format=torch.contiguous_format)
+
+    def _check_names(self, full: Mapping[str, Tensor]) -> None:
+        known = {name: value for name, value in self._kept}
+        memory = {full[name].data_ptr() for name in known if name in full}
+        unknown = [n for n in full if n not in known and full[n].data_ptr() not in memory]
+        needed = [n for n, value in self._kept if self._role(value) != "state"]
+        missing = [name for name in needed if name not in full]
+        if unknown or missing:
+            parts = [f"missing {_some(missing)}"] if missing else []
+            parts += [f"unknown {_some(unknown)}"] if unknown else []
+            raise RunError(
+                "W0804", "the state does not match the plan", reason="; ".join(parts),
+                hint="load the state of the model that was compiled, or pass strict=False",
+            )  # fmt: skip
+
+    # -- steps --------------------------------------------------------------------------------
+
+    def step(
+        self,
+        *inputs: Tensor,
+        lr: float | Sequence[float] | None = None,
+        seed: int | None = None,
+    ) -> list[Tensor]:
+        """Run one step on whole inputs and return its results (loss, outputs), whole.
+
+        Args:
+            inputs: the entry's inputs, in its order.
+            lr: the learning rate, or one for each parameter group.
+            seed: for programs that draw random numbers; another one for each step.
+
+        Raises RunError W0804 for wrong inputs (nothing has run then), W0803 when a rank fails.
+        """
+        return self.executor.run(self._inputs(inputs, lr, seed), trace=self._trace)
+
+    def begin(self, *inputs: Tensor, seed: int | None = None) -> list[Tensor]:
+        """Run the first half of a step up to the outputs, for plans with tangents. As `step`."""
+        return self.executor.begin(self._inputs(inputs, None, seed), trace=self._trace)
+
+    def finish(self, *tangents: Tensor) -> list[Tensor]:
+        """Run the second half: gradients of the outputs in, gradients out. As `step`."""
+        wanted = [(name, value) for name, value, role in self._fed if role == "tangent"]
+        return self.executor.finish(_matched(tangents, wanted, "tangent"), trace=self._trace)
+
+    def _inputs(
+        self, inputs: Sequence[Tensor], lr: float | Sequence[float] | None, seed: int | None
+    ) -> list[Tensor]:
+        wanted = [(name, value) for name, value, role in self._fed if role == "input"]
+        given = iter(_matched(inputs, wanted, "input"))
+        rates = iter(_rates(lr, [name for name, _, role in self._fed if role == "lr"]))
+        out = []
+        for name, value, role in self._fed:
+            if role == "input":
+                out.append(next(given))
+            elif role == "lr":
+                out.append(torch.tensor(next(rates), dtype=TORCH_DTYPES[value.type.dtype]))
+            elif role == "seed":
+                if seed is None:
+                    raise RunError(
+                        "W0804", "the plan draws random numbers and needs a seed",
+                        hint="pass seed=, another number for each step",
+                    )  # fmt: skip
+                out.append(torch.tensor(seed, dtype=TORCH_DTYPES[value.type.dtype]))
+            elif role != "tangent":
+                raise RunError("W0804", f"parameter {name!r} of the plan has role {role!r}")
+        return out
+
+    @contextmanager
+    def tracing(self, path: str | Path | None = None) -> Iterator[Trace]:
+        """Record the steps inside as a timeline; write it to `path` (with this rank's number)."""
+        self._trace = trace = Trace(self.comm.rank)
+        try:
+            yield trace
+        finally:
+            self._trace = None
+        if path is not None:
+            path = Path(path)
+            stem, dot, rest = path.name.partition(".")
+            trace.write(path.with_name(f"{stem}.rank{self.comm.rank}{dot}{rest}"))
+
+    def memory(self) -> Memory:
+        """This rank's memory so far."""
+        executor = self.executor
+        if executor.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(executor.device)
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): KiB, bytes on macOS
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return Memory(executor.state_bytes(), executor.planned_bytes(), peak)
+
+
+def _names(function: Function) -> dict[str, str]:
+    """The user's name of each entry parameter."""
+    pairs = zip(function.params, function.param_attrs, strict=True)
+    return {value.name: str(attrs.get("name", value.name)) for value, attrs in pairs}
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
+
+
+def _fits(tensor: Tensor, type: TensorType, what: str) -> None:
+    """Raise RunError W0804 when a tensor does not have the dtype and global shape of a type."""
+    expected = TensorType(type.dtype, type.shape)
+    if not isinstance(tensor, Tensor):
+        raise RunError(
+            "W0804", f"{what}: expected {expected}, got {tensor.__class__.__name__}",
+            hint="pass a torch.Tensor",
+        )  # fmt: skip
+    if tensor.dtype != TORCH_DTYPES[type.dtype] or tuple(tensor.shape) != type.shape:
+        got = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+        raise RunError(
+            "W0804", f"{what}: expected {expected}, got {got}",
+            reason="a plan is made for fixed shapes and dtypes",
+            hint="pass whole (global) tensors; compile again for other shapes",
+        )  # fmt: skip
+
+
+def _matched(
+    tensors: Sequence[Tensor], wanted: Sequence[tuple[str, Value]], kind: str
+) -> Sequence[Tensor]:
+    """The tensors, after a check of their number, dtypes and shapes."""
+    if len(tensors) != len(wanted):
+        expected = ", ".join(f"{name}: {v.type.placed(None)}" for name, v in wanted) or "none"
+        raise RunError(
+            "W0804", f"the plan takes {len(wanted)} {kind}s, got {len(tensors)}",
+            reason=f"it expects {expected}",
+        )  # fmt: skip
+    for position, (tensor, (name, value)) in enumerate(zip(tensors, wanted, strict=True)):
+        _fits(tensor, value.type, f"{kind} {position} ({name})")
+    return tensors
+
+
+def _rates(lr: float | Sequence[float] | None, names: Sequence[str]) -> list[float]:
+    """One learning rate for each of `names`."""
+    if lr is None and names:
+        raise RunError(
+            "W0804", "the plan needs a learning rate",
+            reason=f"it has {_some(names)}", hint="pass lr=",
+        )  # fmt: skip
+    rates = [float(lr)] * len(names) if isinstance(lr, (int, float)) else list(lr or ())
+    if len(rates) != len(names):
+        raise RunError(
+            "W0804", f"the plan has {len(names)} learning rates ({_some(names)}), got {len(rates)}"
+        )
+    return rates
+
+
+def same_plan(module: Module, comm: Comm) -> None:
+    """Check that all ranks hold the same plan; all must call. Raises RunError W0802."""
+    if not comm.distributed or dist.get_world_size() == 1:
+        return
+    digest = hashlib.sha256(repr(module).encode()).hexdigest()
+    digests: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(digests, digest)
+    if len(set(digests)) == 1:
+        return
+    functions: list[Function] = [module.entry] * len(digests)
+    dist.all_gather_object(functions, module.entry)
+    check(dict(enumerate(functions)), comm.mesh)  # says in detail what differs, if it matters
+    odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
+    raise RunError(
+        "W0802", "the ranks hold different plans",
+        reason=f"rank {_some(list(map(str, odd)))} against rank 0",
+        hint="give all ranks the same artifact folder",
+    )  # fmt: skip

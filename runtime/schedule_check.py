@@ -1,0 +1,434 @@
+"""The static check of all ranks' schedules, before anything runs.
+
+A backend does not notice when ranks disagree: under gloo a swapped pair of equal-shaped
+all_reduces, SUM against MAX, or fp32 against int32 give silently wrong numbers. So this check is
+the only defence. It proves, for the programs of all ranks together:
+
+1. *lifetimes* (`lifetimes.py`): each value is defined before it is read, not read, freed or waited
+   for twice after its end, not overwritten before its last use, and no transfer is left open;
+2. *agreement*: the members of a process group run the same sequence of (id, op, dtype, shape,
+   reduce-op, root, ...); the id of a collective is the name of its result;
+3. *partners*: between two ranks the sends and the receives are the same sequence of (tag, dtype,
+   shape), each tag once;
+4. *progress*: no cycle in the graph below, so that no rank waits for ever.
+
+The graph of (4) has, for each transfer, start nodes, one `done` node, and wait nodes. Edges: the
+program order of each rank; all starts -> done; done of the transfer before on the same group (its
+stream) -> done; done -> waits. The starts of a collective on all its members are one node: issuing
+two groups' collectives in different orders is a deadlock hazard even when asynchronous (NCCL user
+guide, "Using multiple NCCL communicators concurrently"). A send is a rendezvous with its receive.
+
+Scale: ranks that run one function object, in groups whose members do alike, are equivalent (the
+classes are found by colour refinement), and the graph is built on the classes. Each edge of the
+class graph lifts to every rank of the class, so the class graph has a cycle exactly when the graph
+over all ranks has one. The cost is O(ranks * axes) plus the length of the *distinct* programs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ..ir.errors import RunError
+from ..ir.module import Function, Module, Op
+from ..ir.types import Mesh
+from .lifetimes import check_lifetimes, describe, show_ranks
+
+#: ops that act on a whole process group
+COLLECTIVES = frozenset({
+    "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "permute_ranks",
+    "lse_combine",
+})  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A step of a rank that another rank can hold up: the start of a transfer, or a wait for it.
+
+    `group` is the mesh axis of a collective, or ("send" | "recv", the partner's stage);
+    `number` counts the transfers of that group in this program.
+    """
+
+    index: int
+    start: bool
+    group: str | tuple[str, int]
+    number: int
+
+
+@dataclass
+class Program:
+    """A distinct program: its function, the ranks that run it, and its communication."""
+
+    function: Function
+    ranks: list[int] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    transfers: dict[str | tuple[str, int], list[int]] = field(default_factory=dict)
+
+    def op(self, index: int) -> Op:
+        """The action at a position."""
+        return self.function.ops[index]
+
+
+def check(programs: Mapping[int, Function] | Module, mesh: Mesh | None = None) -> None:
+    """Prove that the schedules of all ranks fit together. Raises RunError W0802.
+
+    Args:
+        programs: the entry function of each rank, ranks being `0 .. n - 1` and n a multiple of
+            the mesh size (pipeline stage i owns the ranks `i * mesh.size ...`); or a
+            schedule-level module, whose entry all ranks of its mesh run.
+        mesh: the mesh of one stage; the module's own by default.
+    """
+    if isinstance(programs, Module):
+        mesh = mesh or programs.mesh
+        programs = dict.fromkeys(range((mesh or Mesh()).size), programs.entry)
+    mesh = mesh or Mesh()
+    if not programs or sorted(programs) != list(range(len(programs))) or len(programs) % mesh.size:
+        raise RunError(
+            "W0802", f"the plan has programs for {len(programs)} ranks, the mesh has {mesh.size}",
+            hint="give each rank of the mesh, and of each pipeline stage, a program",
+        )  # fmt: skip
+    classes, of_rank = _distinct(programs)
+    for program in classes:
+        check_lifetimes(program.function, show_ranks(program.ranks))
+        _communication(program, mesh)
+    world = _World(mesh, classes, of_rank)
+    world.check_groups()
+    world.check_partners()
+    world.check_progress()
+
+
+def _distinct(programs: Mapping[int, Function]) -> tuple[list[Program], list[int]]:
+    """The distinct programs, and for each rank the position of its own among them."""
+    classes: list[Program] = []
+    by_id: dict[int, int] = {}
+    by_size: dict[int, list[int]] = {}
+    of_rank = []
+    for rank in range(len(programs)):
+        function = programs[rank]
+        found = by_id.get(id(function))
+        if found is None:
+            alike = by_size.setdefault(len(function.ops), [])
+            found = next((c for c in alike if classes[c].function == function), len(classes))
+            if found == len(classes):
+                classes.append(Program(function))
+                alike.append(found)
+            by_id[id(function)] = found
+        classes[found].ranks.append(rank)
+        of_rank.append(found)
+    return classes, of_rank
+
+
+def _communication(program: Program, mesh: Mesh) -> None:
+    """Fill in the events and transfers of a program."""
+    started: dict[str, Event] = {}
+    for index, op in enumerate(program.function.ops):
+        if op.name == "wait":
+            begun = started.get(op.operands[0].name)
+            if begun is not None:
+                program.events.append(Event(index, False, begun.group, begun.number))
+            continue
+        group = _group_of(op, mesh, program, index)
+        if group is None:
+            continue
+        transfers = program.transfers.setdefault(group, [])
+        event = Event(index, True, group, len(transfers))
+        transfers.append(index)
+        program.events.append(event)
+        if op.attrs.get("async"):
+            started[op.results[0].name] = event
+        else:
+            program.events.append(Event(index, False, group, event.number))
+
+
+def _group_of(op: Op, mesh: Mesh, program: Program, index: int) -> str | tuple[str, int] | None:
+    if op.name in COLLECTIVES:
+        axis = str(op.attrs.get("axis", ""))
+        if axis not in mesh.names:
+            raise RunError(
+                "W0802", f"{show_ranks(program.ranks)}: a collective over axis {axis!r}, "
+                f"the mesh has {', '.join(mesh.names) or 'no axes'}",
+                reason=describe(program.function, index),
+            )  # fmt: skip
+        return axis
+    if op.name == "send":
+        return ("send", int(op.attrs["to"]))  # type: ignore[arg-type]
+    if op.name == "recv":
+        return ("recv", int(op.attrs["source"]))  # type: ignore[arg-type]
+    return None
+
+
+def _facts(op: Op) -> dict[str, object]:
+    """What all members of a group must agree on."""
+    value, result = op.operands[0], op.results[0]
+    facts: dict[str, object] = {
+        "op": op.name, "dtype": value.type.dtype, "shape": value.type.shape,
+        "placement": _show_placement(value.type.placement),
+        "result dtype": result.type.dtype, "result shape": result.type.shape,
+        "result placement": _show_placement(result.type.placement),
+    }  # fmt: skip
+    facts.update((k, v) for k, v in op.attrs.items() if k not in ("async", "axis"))
+    if op.name in ("all_reduce", "reduce_scatter"):
+        facts.setdefault("combine", "sum")
+    if op.name == "broadcast":
+        facts.setdefault("root", 0)
+    if op.name == "permute_ranks":
+        facts.setdefault("shift", 1)
+    facts["id"] = result.name
+    return facts
+
+
+def _show_placement(placement: Iterable[object] | None) -> str:
+    return "{" + ", ".join(map(str, placement or ())) + "}"
+
+
+class _World:
+    """All ranks with their programs, and the checks that need more than one of them."""
+
+    def __init__(self, mesh: Mesh, classes: list[Program], of_rank: list[int]) -> None:
+        self.mesh, self.classes, self.of_rank = mesh, classes, of_rank
+        self.stages = len(of_rank) // mesh.size
+        self.strides: dict[str, int] = {}
+        stride = mesh.size
+        for name, size in mesh.axes:
+            stride //= size
+            self.strides[name] = stride
+
+    def groups(self, axis: str) -> Iterable[range]:
+        """The ranks of each process group of an axis."""
+        stride, size = self.strides[axis], self.mesh.sizes[self.mesh.axis(axis)]
+        for base in range(0, len(self.of_rank), stride * size):
+            for first in range(base, base + stride):
+                yield range(first, first + stride * size, stride)
+
+    def partner(self, rank: int, stage: int) -> int:
+        """The rank at the same mesh coordinate in another stage."""
+        return stage * self.mesh.size + rank % self.mesh.size
+
+    # -- agreement --------------------------------------------------------------------------
+
+    def check_groups(self) -> None:
+        """The members of each process group run the same sequence of collectives."""
+        for axis in self.mesh.names:
+            seen: set[frozenset[int]] = set()
+            for ranks in self.groups(axis):
+                members = frozenset(self.of_rank[rank] for rank in ranks)
+                if len(members) == 1 or members in seen:
+                    continue
+                seen.add(members)
+                first = ranks[0]
+                done = {self.of_rank[first]}
+                for rank in ranks:
+                    if self.of_rank[rank] not in done:
+                        done.add(self.of_rank[rank])
+                        self._same_sequence(axis, first, rank)
+
+    def _same_sequence(self, axis: str, first: int, second: int) -> None:
+        left, right = self.classes[self.of_rank[first]], self.classes[self.of_rank[second]]
+        lefts, rights = left.transfers.get(axis, []), right.transfers.get(axis, [])
+        for number, (i, j) in enumerate(zip(lefts, rights, strict=False)):
+            one, two = _facts(left.op(i)), _facts(right.op(j))
+            if one == two:
+                continue
+            keys = [key for key in (*one, *two) if one.get(key) != two.get(key)]
+            key = keys[0]
+            raise RunError(
+                "W0802",
+                f"ranks {first} and {second} differ in collective {number} of axis {axis}: "
+                f"{key} {one.get(key)} against {two.get(key)}",
+                reason=f"rank {first}: {describe(left.function, i)}\n"
+                f"       rank {second}: {describe(right.function, j)}",
+                hint=_HINT,
+            )
+        if len(lefts) != len(rights):
+            longer, rank = (left, first) if len(lefts) > len(rights) else (right, second)
+            index = longer.transfers[axis][min(len(lefts), len(rights))]
+            raise RunError(
+                "W0802",
+                f"on axis {axis} rank {first} runs {len(lefts)} collectives and rank {second} "
+                f"{len(rights)}",
+                reason=f"only rank {rank} runs {describe(longer.function, index)}",
+                hint=_HINT,
+            )
+
+    # -- partners ---------------------------------------------------------------------------
+
+    def check_partners(self) -> None:
+        """Each send has its receive, in the same order between two ranks."""
+        if not any(isinstance(group, tuple) for c in self.classes for group in c.transfers):
+            return
+        seen: set[tuple[int, int, int, int]] = set()
+        for rank, number in enumerate(self.of_rank):
+            here = rank // self.mesh.size
+            for group, indices in self.classes[number].transfers.items():
+                if not isinstance(group, tuple):
+                    continue
+                kind, stage = group
+                if not 0 <= stage < self.stages or stage == here:
+                    raise RunError(
+                        "W0802", f"rank {rank}: {kind} with stage {stage}, which is "
+                        + ("its own" if stage == here else f"not one of {self.stages}"),
+                        reason=describe(self.classes[number].function, indices[0]),
+                    )  # fmt: skip
+                other = self.partner(rank, stage)
+                source, target = (rank, other) if kind == "send" else (other, rank)
+                low, high = sorted((here, stage))
+                key = (self.of_rank[source], self.of_rank[target], low, high)
+                if key not in seen:
+                    seen.add(key)
+                    self._same_channel(source, target)
+
+    def _same_channel(self, source: int, target: int) -> None:
+        left, right = self.classes[self.of_rank[source]], self.classes[self.of_rank[target]]
+        sends = left.transfers.get(("send", target // self.mesh.size), [])
+        recvs = right.transfers.get(("recv", source // self.mesh.size), [])
+        where = f"from rank {source} to rank {target}"
+        tags: set[object] = set()
+        for number, (i, j) in enumerate(zip(sends, recvs, strict=False)):
+            one, two = left.op(i), right.op(j)
+            pair = (f"rank {source}: {describe(left.function, i)}\n"
+                    f"       rank {target}: {describe(right.function, j)}")  # fmt: skip
+            tag = one.attrs.get("tag", 0)
+            sent, received = one.operands[0].type, two.results[0].type
+            if tag != two.attrs.get("tag", 0):
+                what = f"tag {tag} is sent, tag {two.attrs.get('tag', 0)} is expected"
+            elif sent != received:
+                what = f"{sent} is sent, {received} is expected"
+            elif tag in tags:
+                what = f"tag {tag} is used twice, so an exchange of the two would go unnoticed"
+            else:
+                tags.add(tag)
+                continue
+            raise RunError("W0802", f"transfer {number} {where}: {what}", reason=pair, hint=_HINT)
+        if len(sends) != len(recvs):
+            longer, index = (left, sends) if len(sends) > len(recvs) else (right, recvs)
+            extra = index[min(len(sends), len(recvs))]
+            raise RunError(
+                "W0802", f"{where}: {len(sends)} sends and {len(recvs)} receives",
+                reason=f"without a partner: {describe(longer.function, extra)}", hint=_HINT,
+            )  # fmt: skip
+
+    # -- progress ---------------------------------------------------------------------------
+
+    def _colours(self) -> list[int]:
+        """Equivalence classes of ranks: same program, and neighbours of the same classes."""
+        colour, count = list(self.of_rank), len(self.classes)
+        while True:
+            keys: list[list[object]] = [[c] for c in colour]
+            for axis in self.mesh.names:
+                for ranks in self.groups(axis):
+                    around = tuple(colour[rank] for rank in ranks)
+                    around = around[:1] if len(set(around)) == 1 else around
+                    for rank in ranks:
+                        keys[rank].append(around)
+            for rank, number in enumerate(self.of_rank):
+                for group in self.classes[number].transfers:
+                    if isinstance(group, tuple):
+                        keys[rank].append((group, colour[self.partner(rank, group[1])]))
+            table: dict[tuple[object, ...], int] = {}
+            colour = [table.setdefault(tuple(key), len(table)) for key in keys]
+            if len(table) == count:
+                return colour
+            count = len(table)
+
+    def check_progress(self) -> None:
+        """No cycle among starts, transfers and waits: every rank gets to its end."""
+        colour = self._colours()
+        sample: dict[int, int] = {}
+        for rank, c in enumerate(colour):
+            sample.setdefault(c, rank)
+        around: dict[tuple[str, int], tuple[int, ...]] = {}
+        for axis in self.mesh.names:
+            for ranks in self.groups(axis):
+                members = tuple(colour[rank] for rank in ranks)
+                for rank in ranks:
+                    if sample[colour[rank]] == rank:
+                        around[axis, rank] = members
+        edges = _Edges()
+        for rank in sample.values():
+            program = self.classes[self.of_rank[rank]]
+
+            def channel(event: Event, rank: int = rank) -> tuple[object, ...]:
+                if isinstance(event.group, str):
+                    return (event.group, around[event.group, rank])
+                kind, stage = event.group
+                pair = (colour[rank], colour[self.partner(rank, stage)])
+                return ("p2p", *(pair if kind == "send" else pair[::-1]))
+
+            edges.add_program(rank, program.events, channel)
+        cycle = edges.cycle()
+        if not cycle:
+            return
+        lines = []
+        for rank, event in cycle:
+            function = self.classes[self.of_rank[rank]].function
+            verb = "starts" if event.start else "waits for"
+            lines.append(f"rank {rank} {verb} {describe(function, event.index)}")
+        raise RunError(
+            "W0802", "the schedules deadlock: each of these waits for the next, the last for the "
+            "first", reason="\n       ".join(lines), hint=_HINT,
+        )  # fmt: skip
+
+
+_HINT = "plan again; if the plan is as weft made it, please report it with the artifact"
+Node = tuple[object, ...]
+
+
+class _Edges:
+    """The graph of starts, transfers and waits."""
+
+    def __init__(self) -> None:
+        self.after: dict[Node, set[Node]] = {}
+        self.shown: dict[Node, tuple[int, Event]] = {}
+
+    def _edge(self, before: Node, after: Node) -> None:
+        self.after.setdefault(before, set()).add(after)
+        self.after.setdefault(after, set())
+
+    def add_program(
+        self,
+        rank: int,
+        events: Sequence[Event],
+        channel: Callable[[Event], tuple[object, ...]],
+    ) -> None:
+        """Add the events of one representative rank."""
+        previous: Node | None = None
+        for position, event in enumerate(events):
+            name = channel(event)
+            done: Node = ("done", name, event.number)
+            merged = event.start and isinstance(event.group, str)
+            node: Node = ("start", name, event.number) if merged else ("event", rank, position)
+            self.shown.setdefault(node, (rank, event))
+            if event.start:
+                self._edge(node, done)
+                if event.number:
+                    self._edge(("done", name, event.number - 1), done)
+            else:
+                self._edge(done, node)
+            if previous is not None:
+                self._edge(previous, node)
+            previous = node
+
+    def cycle(self) -> list[tuple[int, Event]]:
+        """The events on a cycle, each waiting for the next; empty when there is none."""
+        pending = dict.fromkeys(self.after, 0)
+        for targets in self.after.values():
+            for node in targets:
+                pending[node] += 1
+        ready = [node for node, count in pending.items() if not count]
+        while ready:
+            node = ready.pop()
+            del pending[node]
+            for target in self.after[node]:
+                pending[target] -= 1
+                if not pending[target]:
+                    ready.append(target)
+        if not pending:
+            return []
+        before = {t: n for n in pending for t in self.after[n] if t in pending}
+        node = next(iter(before))
+        path: dict[Node, None] = {}
+        while node not in path:
+            path[node] = None
+            node = before[node]
+        found = list(path)
+        return [self.shown[n] for n in found[found.index(node) :] if n in self.shown]

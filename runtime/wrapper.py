@@ -1,0 +1,422 @@
+"""A schedule as straight-line Python: one line for each action.
+
+    v7 = f7(v3, v4)                          # einsum, model.layers.0.mlp (modeling.py:212)
+    del v3
+
+`f7` is the op's reference semantics bound to a context that knows this rank's coordinate, so a step
+does no look-ups and no interpretation. Values of constants alone are computed when the wrapper is
+made. Neighbouring in-place optimizer updates run as one call.
+"""
+
+from __future__ import annotations
+
+import linecache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ir.errors import RunError
+from ..ir.module import Function, Module, Op, Value
+from ..ir.ops import OPS
+from ..ir.ops.optimizer import OVERWRITES
+from ..ir.types import DTYPES, local_shape
+from .comm import COMMUNICATION, Comm
+from .context import OpContext
+from .lifetimes import PERSISTENT, alias_roots
+from .updates import make_update, update_key
+
+#: Constants up to this many bytes are kept between steps; larger ones are cheap to fill and would
+#: hold memory all the time.
+HOIST_BYTES = 1 << 20
+#: families whose results depend on nothing but operands, attributes and the rank's coordinate
+_PURE = frozenset({"pointwise", "reduction", "row", "movement", "indexing", "contraction"})
+_serial = count()
+
+Kernel = Callable[..., Sequence[Tensor]]
+
+
+@dataclass
+class Section:
+    """One generated function: the actions up to the outputs, or those after the tangents came.
+
+    Attributes:
+        actions: positions and actions.
+        takes: entry parameters that it reads, in order.
+        results: positions of the entry results that it computes.
+        returned: those that it returns, all but the updates.
+        received, handed: values that the section before leaves to it, and that it leaves.
+        run: `run(state, inputs, received, clock) -> (results, handed)`; it empties `inputs`.
+        traced: the same, calling `clock(index, pending or None)` after each action.
+        source: the Python text of `run`.
+    """
+
+    actions: list[tuple[int, Op]]
+    takes: list[str]
+    results: list[int] = field(default_factory=list)
+    returned: list[int] = field(default_factory=list)
+    received: list[str] = field(default_factory=list)
+    handed: list[str] = field(default_factory=list)
+    run: Callable[..., tuple[list[Tensor], list[Tensor]]] | None = None
+    traced: Callable[..., tuple[list[Tensor], list[Tensor]]] | None = None
+    source: str = ""
+
+
+class Wrapper:
+    """Compiles a schedule for one rank.
+
+    Args:
+        module: a schedule-level module.
+        comm: this rank's communication.
+        device: where the rank's tensors live.
+        kernels: compiled kernels by name, `launch(*operands) -> results`; a kernel function that is
+            not among them runs its body.
+    """
+
+    def __init__(
+        self,
+        module: Module,
+        comm: Comm,
+        device: torch.device,
+        kernels: Mapping[str, Kernel] | None = None,
+    ) -> None:
+        self.module, self.comm, self.device = module, comm, device
+        self.function = module.entry
+        self.kernels = dict(kernels or {})
+        self.names: dict[str, str] = {}
+        self.globals: dict[str, Any] = {"ROWS": torch.contiguous_format}
+        self.lines: dict[tuple[str, int], Op] = {}  # (generated file, line) -> action
+        self.roots = alias_roots(self.function)
+        self.roles = {
+            value.name: str(attrs.get("role", "input"))
+            for value, attrs in zip(self.function.params, self.function.param_attrs, strict=True)
+        }
+        lasting = [v for v in self.function.params if self.roles[v.name] in PERSISTENT]
+        self.slots = {value.name: slot for slot, value in enumerate(lasting)}
+        #: result of an in-place update -> the value whose memory it took
+        self.storage = {
+            result.name: op.operands[place].name
+            for op in self.function.ops
+            if op.attrs.get("inplace")
+            for place, result in zip(OVERWRITES.get(op.name, ()), op.results, strict=False)
+        }
+        self.constants: dict[str, Tensor] = {}
+        self._hoist()
+        self.sections = self._sections()
+        for section in self.sections:
+            attrs = self.function.result_attrs
+            section.returned = [p for p in section.results if "updates" not in attrs[p]]
+            section.run = self._function(section, traced=False)
+            section.traced = self._function(section, traced=True)
+
+    # -- what is known before the first step ------------------------------------------------
+
+    def _context(self, op: Op) -> OpContext:
+        return OpContext(op, self.comm.mesh, self.comm.coord, device=self.device, fused=True)
+
+    def _hoist(self) -> None:
+        """Compute the small values that depend on constants alone."""
+        overwritten = {
+            root for name in self.storage.values() for root in self.roots.get(name, ())
+        }
+        for op in self.function.ops:
+            family = OPS[op.name].family if op.name in OPS else ""
+            constant = family == "creation" and not op.operands
+            pure = family in _PURE and op.operands
+            if not (constant or pure):
+                continue
+            if any(value.name not in self.constants for value in op.operands):
+                continue
+            small = all(self._bytes(value) <= HOIST_BYTES for value in op.results)
+            if not small or any(self.roots[v.name] & overwritten for v in op.results):
+                continue
+            operands = [self.constants[value.name] for value in op.operands]
+            with torch.no_grad():
+                out = OPS[op.name].ref(self._context(op), *operands)
+            tensors = out if isinstance(out, (tuple, list)) else (out,)
+            for value, tensor in zip(op.results, tensors, strict=True):
+                self.constants[value.name] = tensor
+                self.globals[self._name(value)] = tensor
+
+    def _bytes(self, value: Value) -> int:
+        shape = local_shape(value.type, self.comm.mesh, self.comm.coord)
+        return prod(shape) * DTYPES[value.type.dtype]
+
+    def _name(self, value: Value) -> str:
+        return self.names.setdefault(value.name, f"v{len(self.names)}")
+
+    # -- sections -----------------------------------------------------------------------------
+
+    def _sections(self) -> list[Section]:
+        """The whole schedule, or for one with tangents its two halves."""
+        function = self.function
+        actions = [
+            (index, op)
+            for index, op in enumerate(function.ops)
+            if not op.results or any(v.name not in self.constants for v in op.results)
+        ]
+        tangents = {name for name, role in self.roles.items() if role == "tangent"}
+        given = [value.name for value in function.params]
+        if not tangents:
+            return [Section(actions, given, list(range(len(function.results))))]
+        late = after_tangents(function, tangents)
+        first = Section(
+            [(i, op) for i, op in actions if i not in late],
+            [name for name in given if name not in tangents],
+        )
+        second = Section(
+            [(i, op) for i, op in actions if i in late],
+            [name for name in given if name in tangents or name in self.slots],
+        )
+        here = {value.name for _, op in first.actions for value in op.results}
+        here.update(first.takes, self.constants)
+        for position, value in enumerate(function.results):
+            (first if value.name in here else second).results.append(position)
+        needed = {v.name for _, op in second.actions if op.name != "free" for v in op.operands}
+        needed |= {function.results[position].name for position in second.results}
+        known = {value.name for _, op in second.actions for value in op.results}
+        known.update(second.takes, self.constants)
+        first.handed = second.received = sorted(needed - known)
+        return [first, second]
+
+    # -- text ---------------------------------------------------------------------------------
+
+    def _function(self, section: Section, traced: bool) -> Callable[..., Any]:
+        text = _Text(f"<weft rank {self.comm.rank} step {next(_serial)}>", self.lines)
+        text.add("def step(S, I, L, T):")
+        values = {value.name: value for value in self.function.params}
+        fed = 0
+        for name in section.takes:
+            if name in self.slots:
+                place = f"S[{self.slots[name]}]"
+            else:
+                place, fed = f"I[{fed}]", fed + 1
+            text.add(f"    {self._name(values[name])} = {place}  # {name}")
+        text.add("    I.clear()")  # so that a free ends an input's life
+        for number, name in enumerate(section.received):
+            text.add(f"    {self.names[name]} = L[{number}]")
+        text.add("    L.clear()")
+        known = {self.names[name] for name in (*section.takes, *section.received)}
+        for index, op, line in self._statements(section.actions, known):
+            text.add(f"    {line}", op)
+            if traced and op.name != "free":
+                handle = self._name(op.results[0]) if op.attrs.get("async") else "None"
+                text.add(f"    T({index}, {handle})")
+        self._returns(section, text)
+        if not traced:
+            section.source = text.text()
+        return text.function(self.globals, "step")
+
+    def _returns(self, section: Section, text: _Text) -> None:
+        """New values of the state, then `return results, handed`."""
+        function, shared = self.function, self._shared_roots()
+        returned = []
+        for position in section.results:
+            value = function.results[position]
+            name, updates = self._name(value), function.result_attrs[position].get("updates")
+            alone = not self.roots[value.name] & shared
+            if updates is None:
+                returned.append(name if alone else f"{name}.clone()")
+            elif updates not in (value.name, self.storage.get(value.name)):
+                keep = f"{name}.contiguous()" if alone else f"{name}.clone(memory_format=ROWS)"
+                text.add(f"    S[{self.slots[str(updates)]}] = {keep}  # {updates}")
+        handed = ", ".join(self.names[name] for name in section.handed)
+        text.add(f"    return [{', '.join(returned)}], [{handed}]")
+
+    def _shared_roots(self) -> set[str]:
+        """Memory that belongs to the state, to constants, or to several results."""
+        shared = {value.name for value in self.function.params} | set(self.constants)
+        seen: set[str] = set()
+        for name in {value.name for value in self.function.results}:
+            shared |= self.roots[name] & seen
+            seen |= self.roots[name]
+        return shared
+
+    def _statements(
+        self, actions: Sequence[tuple[int, Op]], known: set[str]
+    ) -> Iterator[tuple[int, Op, str]]:
+        """(position, action, Python line); `known` holds the Python names that exist."""
+        read = {v.name for op in self.function.ops if op.name != "free" for v in op.operands}
+        position = 0
+        while position < len(actions):
+            index, op = actions[position]
+            position += 1
+            if op.name == "free":
+                names = [self._name(value) for value in op.operands]
+                names = [name for name in names if name in known]
+                known.difference_update(names)
+                if names:
+                    yield index, op, f"del {', '.join(names)}"
+                continue
+            if op.attrs.get("inplace"):
+                group, frees = _together(actions, position - 1)
+                position += len(group) + len(frees) - 1
+                yield index, op, self._update(group)
+                for update in group:
+                    for result in update.results:
+                        if result.name in read:
+                            old, new = self.storage[result.name], self._name(result)
+                            known.add(new)
+                            yield index, update, f"{new} = {self.names[old]}"
+                yield from self._statements(frees, known)
+                continue
+            known.update(self._name(value) for value in op.results)
+            yield index, op, self._statement(index, op)
+
+    def _statement(self, index: int, op: Op) -> str:
+        left = ", ".join(self._name(value) for value in op.results)
+        names = [self._name(value) for value in op.operands]
+        if op.name == "wait":
+            return (f"{left} = " if left else "") + f"{names[0]}.wait()"
+        if op.name == "call":
+            function = self._kernel(str(op.attrs["callee"]))
+            return f"{left}, = {function}({', '.join(names)})"
+        function = f"f{index}"
+        if function not in self.globals:
+            self.globals[function] = self._semantics(op)
+        return (f"{left} = " if left else "") + f"{function}({', '.join(names)})"
+
+    def _semantics(self, op: Op) -> Callable[..., Any]:
+        """What runs an op on this rank's tensors."""
+        if op.name in COMMUNICATION:
+            return self.comm.action(op)
+        call = partial(OPS[op.name].ref, self._context(op))
+        if op.name == "aten" and len(op.results) == 1:
+            return partial(_only, call)
+        return call
+
+    def _update(self, group: Sequence[Op]) -> str:
+        function = f"u{len(self.globals)}"
+        self.globals[function] = make_update(group[0], self._context(group[0]))
+        columns = []
+        for place in range(len(group[0].operands) - 2):
+            columns.append("[" + ", ".join(self._name(op.operands[place]) for op in group) + "]")
+        columns += [self._name(value) for value in group[0].operands[-2:]]
+        return f"{function}({', '.join(columns)})"
+
+    def _kernel(self, callee: str) -> str:
+        """The name of a kernel function: a compiled kernel, or Python of the function's body."""
+        name = "k_" + "".join(c if c.isalnum() else "_" for c in callee)
+        if name in self.globals:
+            return name
+        function = self.module.function(callee)
+        compiled = self.kernels.get(str(function.attrs.get("kernel", "")))
+        if compiled is not None:
+            self.globals[name] = compiled
+            return name
+        text = _Text(f"<weft rank {self.comm.rank} {callee} {next(_serial)}>", self.lines)
+        space: dict[str, Any] = {}
+        local = {value.name: f"a{i}" for i, value in enumerate(function.params)}
+        text.add(f"def {name}({', '.join(local.values())}):")
+        for i, (op, dropped) in enumerate(zip(function.ops, function.last_uses(), strict=True)):
+            operands = ", ".join(local[value.name] for value in op.operands)
+            for value in op.results:
+                local[value.name] = f"v{len(local)}"
+            left = ", ".join(local[value.name] for value in op.results)
+            space[f"f{i}"] = self._semantics(op)
+            text.add(f"    {left} = f{i}({operands})", op)
+            if dropped:
+                text.add(f"    del {', '.join(local[gone] for gone in dropped)}")
+        roots = alias_roots(function)
+        given = {value.name for value in function.params}
+        out = [
+            local[value.name] + (".clone()" if roots[value.name] & given else "")
+            for value in function.results
+        ]
+        text.add(f"    return {', '.join(out)},")
+        self.globals[name] = text.function(space, name)
+        return name
+
+
+def _only(call: Callable[..., Any], *operands: Tensor) -> Tensor:
+    """The result of a call that may return a tuple of one."""
+    out = call(*operands)
+    tensor: Tensor = out[0] if isinstance(out, (tuple, list)) else out
+    return tensor
+
+
+def _together(
+    actions: Sequence[tuple[int, Op]], start: int
+) -> tuple[list[Op], list[tuple[int, Op]]]:
+    """The in-place updates from `start` on that can run as one, and the frees between them."""
+    group, frees = [actions[start][1]], []
+    key = update_key(group[0])
+    made = {value.name for value in group[0].results}
+    for index, op in actions[start + 1 :]:
+        if op.name == "free":
+            frees.append((index, op))
+            continue
+        if not op.attrs.get("inplace") or update_key(op) != key:
+            break
+        if any(value.name in made for value in op.operands):
+            break
+        group.append(op)
+        made.update(value.name for value in op.results)
+    return group, frees
+
+
+def after_tangents(function: Function, tangents: set[str]) -> set[int]:
+    """Positions of the actions that run after the outputs were handed out.
+
+    They are those behind the last output in program order, and any before it that depend on the
+    tangents. A `free` is among them when one of its values is used by them. Raises RunError W0804
+    where an output depends on a tangent.
+    """
+    outputs = {
+        value.name
+        for value, attrs in zip(function.results, function.result_attrs, strict=True)
+        if attrs.get("role", "output") in ("output", "loss")
+    }
+    made = {value.name: i for i, op in enumerate(function.ops) for value in op.results}
+    last = max((made[name] for name in outputs if name in made), default=-1)
+    tainted = set(tangents)
+    late = set(range(last + 1, len(function.ops)))
+    for index, op in enumerate(function.ops):
+        if op.name != "free" and any(value.name in tainted for value in op.operands):
+            late.add(index)
+            tainted.update(value.name for value in op.results)
+    if outputs & tainted:
+        raise RunError(
+            "W0804", "an output of the plan depends on the gradients of the outputs",
+            reason=", ".join(f"%{name}" for name in sorted(outputs & tainted)),
+        )  # fmt: skip
+    used = {v.name for i in late for v in (*function.ops[i].operands, *function.ops[i].results)}
+    for index, op in enumerate(function.ops):
+        if op.name == "free" and any(value.name in used | tainted for value in op.operands):
+            late.add(index)
+    return late
+
+
+class _Text:
+    """The lines of one generated function, and the actions that they stand for."""
+
+    def __init__(self, file: str, actions: dict[tuple[str, int], Op]) -> None:
+        self.file, self.actions, self.rows = file, actions, list[str]()
+
+    def add(self, line: str, op: Op | None = None) -> None:
+        """Append a line that runs `op`."""
+        if op is not None:
+            place = str(op.loc)
+            line += f"  # {op.name}" + (f", {place}" if place else "")
+        self.rows.append(line)
+        if op is not None:
+            self.actions[self.file, len(self.rows)] = op
+
+    def text(self) -> str:
+        """The whole source."""
+        return "\n".join(self.rows) + "\n"
+
+    def function(self, space: dict[str, Any], name: str) -> Callable[..., Any]:
+        """The function called `name`, with `space` as its globals."""
+        source = self.text()
+        code = compile(source, self.file, "exec")
+        linecache.cache[self.file] = (len(source), None, self.rows, self.file)
+        scope = dict(space)
+        exec(code, scope)
+        found: Callable[..., Any] = scope[name]
+        return found
