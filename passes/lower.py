@@ -260,8 +260,9 @@ def _fix_cross_entropy(fix: _Fixer) -> None:
     counts = fix.emit("ne", (labels, code), TensorType("bool", labels.type.shape))
     zero = fix.scalar(0.0, loss.type.dtype)
     term = fix.emit("where", (counts, total, zero), loss.type)
-    for axis in fix.axes:
-        position = fix.mesh.axis(axis)
+    for position, axis in enumerate(fix.mesh.names):  # axes of one rank are partial too
+        if _placement(local_loss)[position] != P("sum"):
+            continue
         held = _placement(term)
         after = (*held[:position], P("sum"), *held[position + 1 :])
         term = fix.collective("partial", term, {"axis": axis, "combine": "sum"}, after)
