@@ -9,6 +9,7 @@ ring as well. `lse_combine` gathers all terms.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 
 from ..ir.types import Mesh
 from .cluster import Cluster
@@ -49,6 +50,7 @@ def collective_time_us(name: str, bytes_per_rank: float, axis_size: int, link: L
     return (link.base_s + steps * link.latency_s + sent / link.bytes_per_s) * 1e6
 
 
+@lru_cache(maxsize=256)
 def collective_cost(cluster: Cluster, mesh: Mesh) -> Callable[[str, float, int, str], float]:
     """The cost function of the reshard planner: (step, bytes per rank, axis size, axis) -> us.
 

@@ -26,8 +26,10 @@ Index = NDArray[np.intp]
 #: cost of what is forbidden; finite, so that differences stay defined. Real costs are far below:
 #: 1e12 us are eleven days
 FORBIDDEN = 1e12
-#: additions allowed for eliminating one variable by reduction: 2e7 take about 0.05 s
-_REDUCE_WORK = 2e7
+#: a variable between two neighbours is eliminated if the new table has at most so many entries, or
+#: is not larger than `_GROWTH` times the two that it replaces: large tables slow all that follows
+_SMALL_TABLE = 4096
+_GROWTH = 1.0
 #: states tried as replacement of the others in one sweep of dead-end elimination
 _WITNESSES = 48
 
@@ -165,15 +167,19 @@ def reduce(network: Network) -> None:
         if not len(network.states[variable]):
             network.constant = FORBIDDEN
             return
-        work = float(len(network.unary[variable]))
-        for j in others:
-            work *= len(network.unary[j])
-        if len(others) <= 1 or (len(others) == 2 and work <= _REDUCE_WORK):
+        if len(others) <= 1 or (len(others) == 2 and _worthwhile(network, variable)):
             network.eliminate(variable)
             pending.update(dict.fromkeys(others))
         elif len(network.states[variable]) == 1:
             _fix(network, variable)
             pending.update(dict.fromkeys(others))
+
+
+def _worthwhile(network: Network, variable: int) -> bool:
+    """Whether joining the two neighbours of a variable keeps tables small."""
+    left, right = (len(network.unary[j]) for j in network.near[variable])
+    old = len(network.unary[variable]) * (left + right)
+    return left * right <= max(_SMALL_TABLE, _GROWTH * old)
 
 
 def _fix(network: Network, variable: int) -> None:
