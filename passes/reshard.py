@@ -99,16 +99,16 @@ def _steps(
 
     `partial[i]` is the combine that axis i may become partial in, or ''.
     """
-    out = []
+    out, sizes, names = [], mesh.sizes, mesh.names
     for axis, entry in enumerate(state):
         inner = {p.dim for p in state[axis + 1 :] if p.kind == "S"}
         if entry.kind == "S" and entry.dim in inner:
             continue
         for op, attrs, after in _axis_steps(entry, len(shape), inner, partial[axis]):
             placement = (*state[:axis], after, *state[axis + 1 :])
-            if not illegal_parts(dtype, shape, mesh.sizes, placement):
-                name = mesh.names[axis]
-                out.append((axis, Step(op, name, {"axis": name, **attrs}, placement)))
+            if not illegal_parts(dtype, shape, sizes, placement):
+                attrs["axis"] = names[axis]
+                out.append((axis, Step(op, names[axis], attrs, placement)))
     return tuple(out)
 
 
@@ -174,7 +174,7 @@ def _search(
     target: Placements,
     cost: StepCost,
 ) -> tuple[int, tuple[Step, ...], float]:
-    type, partial = TensorType(dtype, shape), _partial_axes(target)
+    type, sizes, partial = TensorType(dtype, shape), mesh.sizes, _partial_axes(target)
     # (time, steps, order of discovery): equal times prefer fewer steps, then a fixed order
     heap: list[tuple[float, int, int, Placements]] = []
     best: dict[Placements, tuple[float, int]] = {}
@@ -191,9 +191,9 @@ def _search(
         if state in done:
             continue
         done.add(state)
-        bytes_in = _local_bytes(type, mesh.sizes, state)
+        bytes_in = _local_bytes(type, sizes, state)
         for axis, step in _steps(dtype, shape, mesh, state, partial):
-            after = time_us + cost(step.op, bytes_in, mesh.sizes[axis], step.axis)
+            after = time_us + cost(step.op, bytes_in, sizes[axis], step.axis)
             if (after, count + 1) < best.get(step.placement, (inf, 0)):
                 best[step.placement] = (after, count + 1)
                 came[step.placement] = (state, step)
