@@ -77,10 +77,14 @@ def lower(module: Module, cost: StepCost | None = None) -> Module:
 
 def module_cost(module: Module) -> StepCost:
     """The collectives' cost on the module's cluster, or on one host of GPUs where none is named."""
-    cluster = module.attrs.get("cluster")
-    if not isinstance(cluster, str) or module.mesh is None:
+    text = module.attrs.get("cluster")
+    if not isinstance(text, str) or module.mesh is None:
         return default_cost
-    return collective_cost(parse_cluster(cluster), module.mesh)
+    cluster = parse_cluster(text)
+    # a mesh of another size was put on by hand: the links of its axes are not known
+    return (
+        collective_cost(cluster, module.mesh) if cluster.ranks == module.mesh.size else default_cost
+    )
 
 
 @dataclass(frozen=True)
@@ -259,6 +263,8 @@ def _fix_cross_entropy(fix: _Fixer) -> None:
     code = fix.scalar(ignore, labels.type.dtype)
     counts = fix.emit("ne", (labels, code), TensorType("bool", labels.type.shape))
     zero = fix.scalar(0.0, loss.type.dtype)
+    if total.type.dtype != loss.type.dtype:
+        total = fix.emit("cast", (total,), TensorType(loss.type.dtype, loss.type.shape))
     term = fix.emit("where", (counts, total, zero), loss.type)
     for position, axis in enumerate(fix.mesh.names):  # axes of one rank are partial too
         if _placement(local_loss)[position] != P("sum"):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..ir.errors import RunError
 from ..ir.module import Attr, Op
-from ..ir.opdef import OPS, signature_of
+from ..ir.opdef import full_attrs, signature_of
 from ..ir.signature import Signature
 from ..ir.types import Mesh, TensorType, local_range, local_shape, shard_offset, shard_size
 
@@ -71,9 +71,7 @@ class OpContext:
         self.coord = tuple(coord) if coord is not None else (0,) * len(self.mesh.axes)
         self.device = Device(device)
         self.fused = fused
-        specs = OPS[op.name].attrs
-        defaults = {name: spec.default for name, spec in specs.items() if spec.default is not None}
-        self.attrs: Mapping[str, Attr] = {**defaults, **op.attrs}
+        self.attrs: Mapping[str, Attr] = full_attrs(op.name, op.attrs)
         self._dtypes = tuple(TORCH_DTYPES[value.type.dtype] for value in op.results)
         self._ranges: dict[str, tuple[int, int]] = {}
         self._once: dict[object, Any] = {}

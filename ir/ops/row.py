@@ -24,13 +24,15 @@ define(name="softmax", family="row", flops_per_point=12,
 define(name="softmax_backward", family="row", flops_per_point=4,
        doc="gradient of softmax from its result: (dy, y) -> dx",
        signature="a... n!, a... n! -> a... n!", types=_same, linear=((0,),),
-       ref=lambda c, dy, y: c.torch.ops.aten._softmax_backward_data(dy, y, -1, y.dtype))  # fmt: skip
+       ref=lambda c, dy, y: c.torch.ops.aten._softmax_backward_data(
+           dy, y, -1, y.dtype))  # fmt: skip
 define(name="log_softmax", family="row", flops_per_point=12, doc="x - log(sum of exp(x))",
        signature="a... n! -> a... n!", types=_same, ref=lambda c, x: x.log_softmax(-1))  # fmt: skip
 define(name="log_softmax_backward", family="row", flops_per_point=10,
        doc="gradient of log_softmax from its result: (dy, y) -> dx",
        signature="a... n!, a... n! -> a... n!", types=_same, linear=((0,),),
-       ref=lambda c, dy, y: c.torch.ops.aten._log_softmax_backward_data(dy, y, -1, y.dtype))  # fmt: skip
+       ref=lambda c, dy, y: c.torch.ops.aten._log_softmax_backward_data(
+           dy, y, -1, y.dtype))  # fmt: skip
 define(name="logsumexp", family="row", flops_per_point=10, doc="log(sum of exp(x)) of the last dim",
        signature="a... n -> a... ; n=lse", types=_rows, lse_results=(B,),
        ref=lambda c, x: x.logsumexp(-1))  # fmt: skip
@@ -99,28 +101,34 @@ def _pick(c: Any, logits: Any, labels: Any) -> tuple[Any, Any, Any]:
 
 def _cross_entropy(c: Any, logits: Any, labels: Any) -> Any:
     index, here, ignored = _pick(c, logits, labels)
-    lse = logits.logsumexp(-1)
-    picked = logits.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+    lse = logits.to(c.dtype(1)).logsumexp(-1)
+    picked = logits.gather(-1, index.unsqueeze(-1)).squeeze(-1).to(lse.dtype)
     loss = c.torch.where(here, -picked, c.torch.zeros_like(picked))
     if logits.shape[-1] == c.size("n"):
         loss = loss + lse
-    return loss.masked_fill(ignored, 0.0), lse
+    return loss.masked_fill(ignored, 0.0).to(logits.dtype), lse
 
 
 def _cross_entropy_backward(c: Any, dloss: Any, logits: Any, labels: Any, lse: Any) -> Any:
     index, here, ignored = _pick(c, logits, labels)
     grad = (logits - lse.unsqueeze(-1)).exp()
     grad.scatter_add_(-1, index.unsqueeze(-1), -here.to(grad.dtype).unsqueeze(-1))
-    return grad * dloss.masked_fill(ignored, 0.0).unsqueeze(-1)
+    return (grad * dloss.masked_fill(ignored, 0.0).unsqueeze(-1)).to(logits.dtype)
+
+
+def _cross_entropy_types(ins: Sequence[TensorType], attrs: Mapping[str, Attr]) -> list[TensorType]:
+    dtype, rows = ins[0].dtype, ins[0].shape[:-1]
+    return [TensorType(dtype, rows), TensorType("f64" if dtype == "f64" else "f32", rows)]
 
 
 _IGNORE = {"ignore_index": AttrSpec("int", -100)}
 define(name="cross_entropy", family="row", flops_per_point=12, attrs=_IGNORE,
        doc="-log softmax(logits)[label] of each row, 0 where the label is ignored; also the "
-           "log-sum-exp of each row. A part of n gives the term -logit[label] if it has the label, "
-           "and its own log-sum-exp: `lower` adds the total log-sum-exp to one of the terms",
+           "log-sum-exp of each row in at least f32. A part of n gives the term -logit[label] if "
+           "it has the label, and its own log-sum-exp: `lower` adds the total log-sum-exp to one "
+           "of the terms",
        signature="a... n, a... -> a..., a... ; n=lse", lse_results=(P("sum"), B),
-       types=lambda ins, attrs: [*_rows(ins, attrs), *_rows(ins, attrs)],
+       types=_cross_entropy_types,
        ref=_cross_entropy)  # fmt: skip
 define(name="cross_entropy_backward", family="row", flops_per_point=10, attrs=_IGNORE,
        doc="gradient of cross_entropy: (dloss, logits, labels, lse) -> dlogits",

@@ -130,6 +130,7 @@ def _pointwise() -> None:
     for approximate in ("none", "tanh"):
         case("gelu", [x], note=approximate, approximate=approximate)
         case("gelu_backward", [x, x], note=approximate, approximate=approximate)
+    case("stop_gradient", [x])
     case("logical_not", [((5, 6), truth, "bool")])
     case("cast", [x], [((5, 6), "f32")])
     case("cast", [x], [((5, 6), "i64")], note="to-int")
@@ -195,6 +196,7 @@ def _attention() -> None:
         ("added-mask", 4, 4, 5, 7, [((1, 4, 1, 7), normal)], {"mask": True}),
         ("key-mask", 4, 2, 5, 7, [((3, 1, 1, 7), mostly, "bool")], {"mask": True}),
         ("dropout", 4, 2, 5, 6, [seed], {"dropout": 0.3, "causal": True}),
+        ("mqa-dropout", 4, 1, 5, 6, [seed], {"dropout": 0.3}),
         ("everything", 4, 2, 6, 6, [((1, 1, 6, 6), mostly, "bool"), seed],
          {"mask": True, "dropout": 0.3, "causal": True}),
     ):  # fmt: skip

@@ -88,7 +88,8 @@ def test_attention_and_its_gradient_equal_scaled_dot_product_attention(
     elif masked == "added":
         mask = torch.randn(1, 4, 6, 6, dtype=dtype)
     y = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=masked == "causal", scale=0.3, enable_gqa=True)  # fmt: skip
+        q, k, v, attn_mask=mask, is_causal=masked == "causal", scale=0.3, enable_gqa=True
+    )
     dy = torch.randn_like(y)
     attrs: dict[str, Attr] = {"scale": 0.3, "causal": masked == "causal", "mask": mask is not None}
     rest = [] if mask is None else [mask]
@@ -136,9 +137,10 @@ def test_layer_norm_and_its_gradients() -> None:
 def test_layer_norm_gradient_takes_statistics_of_any_strides() -> None:
     dy, x, w = (torch.randn(*s, dtype=torch.float64) for s in ((3, 5, 7), (3, 5, 7), (7,)))
     mean, rstd = torch.randn(3, 9, 1, dtype=torch.float64), torch.rand(3, 9, 1, dtype=torch.float64)
-    strided = run("layer_norm_backward", [dy, x, w, mean[:, 2:7], rstd[:, 2:7]], [x, w, w])
-    whole = run("layer_norm_backward",
-                [dy, x, w, mean[:, 2:7].contiguous(), rstd[:, 2:7].contiguous()], [x, w, w])  # fmt: skip
+    mean, rstd = mean[:, 2:7], rstd[:, 2:7]
+    strided = run("layer_norm_backward", [dy, x, w, mean, rstd], [x, w, w])
+    mean, rstd = mean.contiguous(), rstd.contiguous()
+    whole = run("layer_norm_backward", [dy, x, w, mean, rstd], [x, w, w])
     for a, b in zip(strided, whole, strict=True):
         close(a, b)
 
@@ -165,6 +167,20 @@ def test_cross_entropy_and_its_gradient() -> None:
     (theirs,) = grads(loss, dloss, logits)
     (ours,) = run("cross_entropy_backward", [dloss, logits.detach(), labels, lse.detach()])
     close(ours, theirs)
+
+
+def test_cross_entropy_of_bf16_logits_keeps_its_log_sum_exp_in_f32() -> None:
+    logits = 8 * torch.randn(16, 50, dtype=torch.float64)
+    rounded = logits.bfloat16()
+    labels = torch.randint(0, 50, (16,))
+    loss, lse = run("cross_entropy", [rounded, labels])
+    assert loss.dtype == torch.bfloat16 and lse.dtype == torch.float32
+    exact = F.cross_entropy(rounded.double(), labels, reduction="none")
+    torch.testing.assert_close(loss.double(), exact, rtol=2**-8, atol=1e-5)
+    ones = torch.ones(16, dtype=torch.bfloat16)
+    (grad,) = run("cross_entropy_backward", [ones, rounded, labels, lse])
+    exact = rounded.double().softmax(-1) - F.one_hot(labels, 50)
+    torch.testing.assert_close(grad.double(), exact, rtol=2**-8, atol=1e-5)
 
 
 def test_softmax_family_and_gradients() -> None:
