@@ -122,7 +122,8 @@ def case(
 def _pointwise() -> None:
     x = ((5, 6), normal)
     for name in ("neg", "abs", "sign", "exp", "expm1", "sin", "cos", "tanh", "erf", "sigmoid",
-                 "relu", "silu", "softplus", "floor", "ceil", "round", "isfinite"):  # fmt: skip
+                 "relu", "silu", "softplus", "floor", "ceil", "round", "isfinite",
+                 "stop_gradient"):  # fmt: skip
         case(name, [x])
         case(name, [((), normal)])
     for name in ("log", "log1p", "sqrt", "rsqrt", "reciprocal"):
