@@ -1,0 +1,112 @@
+"""An artifact that is ready to run on this rank: `weft.load("out/")`.
+
+Needs the folder, torch and this floor: the compiler is not loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from ..ir.errors import RunError
+from ..ir.types import Mesh
+from .artifact import Artifact
+from .comm import TIMEOUT_S, Comm
+from .launch import init_from_env
+from .program import Program
+
+
+class Executable:
+    """A plan on this rank of the world that torchrun started, or alone.
+
+    All ranks make the same calls in the same order. Use as a context manager, or call `close`.
+
+    Attributes:
+        artifact: the folder it came from.
+        program: the plan on this rank.
+        rank, world_size: this rank's place.
+
+    Raises RunError W0801 when the world does not fit the plan.
+    """
+
+    def __init__(self, artifact: Artifact, *, timeout_s: float = TIMEOUT_S) -> None:
+        self.artifact = artifact
+        module = artifact.module()
+        mesh = module.mesh or Mesh()
+        with ExitStack() as stack:
+            world = stack.enter_context(init_from_env(timeout_s=timeout_s))
+            self.rank, self.world_size = world.rank, world.size
+            if world.size != mesh.size:
+                raise world_mismatch(artifact.path, mesh.size, world.size)
+            comm = Comm(mesh, timeout_s=timeout_s)
+            self.program = Program(module, comm, world.device, timeout_s=timeout_s)
+            self._exit = stack.pop_all()
+
+    def load_weights(self) -> None:
+        """Load the weights stored in the artifact. Raises RunError W0701 when it has none."""
+        weights = self.artifact.tensors("weights")
+        if not weights:
+            raise RunError(
+                "W0701",
+                f"{self.artifact.path} holds no weights",
+                reason="the program was traced without data",
+                hint="pass your own with exe.program.load_state(...)",
+            )
+        self.program.load_state(weights)
+
+    def example_inputs(self) -> list[Tensor]:
+        """The example inputs stored in the artifact, in the entry's order; [] without any."""
+        stored = self.artifact.tensors("inputs")
+        entry = self.artifact.module().entry
+        names = [str(a.get("name", "")) for a in entry.param_attrs if a.get("role") == "input"]
+        return [stored[name] for name in names] if set(names) <= set(stored) else []
+
+    def step(
+        self, *inputs: Tensor, lr: float | Sequence[float] | None = None, seed: int | None = None
+    ) -> list[Tensor]:
+        """One step on whole inputs; see `Program.step`. `lr` defaults to the example's."""
+        rates = self.artifact.info.get("meta", {}).get("lr") if lr is None else lr
+        return self.program.step(*inputs, lr=rates, seed=seed)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All state by the user's names, whole; all ranks must call."""
+        return self.program.state_dict()
+
+    def close(self) -> None:
+        """Wait for the other ranks and leave the world."""
+        self._exit.close()
+
+    def __enter__(self) -> Executable:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> Any:
+        return self._exit.__exit__(kind, value, traceback)
+
+
+def world_mismatch(path: Path, needed: int, present: int) -> RunError:
+    """The diagnostic W0801 for an artifact started on the wrong number of ranks."""
+    return RunError(
+        "W0801",
+        f"{path} is a plan for {needed} ranks, but {present} were started",
+        reason="the world size does not match the plan",
+        hint=f"torchrun --nproc-per-node {needed} -m weft run {path}, or compile for --cluster "
+        f"1x{present}:KIND",
+    )
+
+
+def load(path: str | Path, *, timeout_s: float = TIMEOUT_S) -> Executable:
+    """Open an artifact on this rank. Raises RunError W0701, W0702, W0801."""
+    return Executable(Artifact.open(path), timeout_s=timeout_s)
+
+
+__all__ = ["Executable", "load", "world_mismatch"]
