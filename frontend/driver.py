@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,9 +24,9 @@ from .report import Dump
 _PATIENCE_S = 2.0
 
 
-def default_pipeline(mesh: str = "") -> str:
+def default_pipeline(cluster: str, mesh: str = "") -> str:
     """The passes from a training-level logical module to a schedule."""
-    place = f"place[mesh={mesh}]" if mesh else "place"
+    place = f"place[cluster={json.dumps(cluster)}{f' mesh={mesh}' if mesh else ''}]"
     return f"{place},lower,fuse,schedule"
 
 
@@ -88,7 +89,7 @@ def plan_module(
     Raises CompileError.
     """
     parsed = parse_cluster(cluster)
-    passes = parse_pipeline(options.pipeline or default_pipeline(mesh))
+    passes = parse_pipeline(options.pipeline or default_pipeline(cluster, mesh))
     module = stages[-1].module
     later = run_passes(module, passes, options, progress)
     all_stages = [*stages, *later[1:]]

@@ -60,14 +60,16 @@ def predict(module: Module, op_time_us: OpTime) -> Timeline:
     timeline = Timeline()
     clock, free_at = 0.0, dict.fromkeys(mesh.names, 0.0)
     done: dict[str, tuple[float, str]] = {}
+    moved: set[str] = set()  # pending results whose memory is that of their `wait` now
     live = sum(local_bytes(value.type, mesh) for value in module.entry.params)
     timeline.peak_bytes = live
     for op in module.entry.ops:
         if op.name == "free":
-            live -= sum(local_bytes(v.type, mesh) for v in op.operands)
+            live -= sum(local_bytes(v.type, mesh) for v in op.operands if v.name not in moved)
             continue
         if op.name == "wait":
             ready, axis = done.pop(op.operands[0].name, (clock, ""))
+            moved.add(op.operands[0].name)
             if ready > clock:
                 timeline.exposed_us[axis] = timeline.exposed_us.get(axis, 0.0) + ready - clock
                 clock = ready
