@@ -1,0 +1,168 @@
+"""torch.export with everything weft asks of it: an ATen graph, or an error in the user's terms."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+from torch.export import ExportedProgram, default_decompositions, export
+from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from ..ir.errors import CompileError
+from ..ir.module import Value
+from . import aten_nn, aten_pointwise, aten_shape
+from .aten import TABLE, Lowering
+from .locate import user_span, user_traceback
+
+_ENTRIES = (aten_nn, aten_pointwise, aten_shape)  # importing them fills TABLE
+
+_DATA_DEPENDENT = (
+    GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException,
+)  # fmt: skip
+_TRACING = (UnsupportedFakeTensorException, UnsupportedOperatorException, TorchDynamoException)
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+def _fake_identity(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+#: marks what autograd must not see; torch's decompositions turn `detach` into a plain alias
+stop_gradient = torch.library.custom_op("weft::stop_gradient", _identity, mutates_args=())
+stop_gradient.register_fake(_fake_identity)
+
+
+def _stop(c: Lowering, x: Value) -> Value:
+    return c.emit("stop_gradient", [x])
+
+
+TABLE["weft.stop_gradient.default"] = _stop
+
+
+@lru_cache(maxsize=1)
+def decompositions() -> Mapping[Any, Callable[..., Any]]:
+    """What torch decomposes: its default table, less the operators that weft has entries for."""
+    return {op: rule for op, rule in default_decompositions().items() if str(op) not in TABLE}
+
+
+def capture(root: torch.nn.Module, tensors: Sequence[Tensor]) -> ExportedProgram:
+    """The ATen graph of `root(*tensors)`: functional, with the operators that weft knows whole.
+
+    Values under no_grad and behind detach carry `weft::stop_gradient`. Needs no data: meta
+    tensors will do.
+
+    Raises CompileError W0301, W0302; an exception of the user's program passes through.
+    """
+    with diagnosed():
+        program = export(root, tuple(tensors), strict=False)
+    with diagnosed():
+        _mark_stops(program.graph_module)
+        return program.run_decompositions(dict(decompositions()))
+
+
+def _mark_stops(module: GraphModule) -> None:
+    """Write `weft::stop_gradient` where gradients end, before torch forgets it."""
+    stop = torch.ops.weft.stop_gradient.default
+    for inner in module.modules():
+        if not isinstance(inner, GraphModule):
+            continue
+        for node in list(inner.graph.nodes):
+            if str(node.target) in ("aten.detach.default", "aten.detach_.default"):
+                node.target = stop
+            elif str(node.target) == "wrap_with_set_grad_enabled" and node.args[0] is False:
+                for user in list(node.users):
+                    with inner.graph.inserting_after(user):
+                        stopped = inner.graph.call_function(stop, (user,))
+                    stopped.meta = dict(user.meta)
+                    user.replace_all_uses_with(stopped, lambda n, s=stopped: n is not s)
+        inner.recompile()
+
+
+@contextmanager
+def diagnosed() -> Iterator[None]:
+    """Turn failures of tracing into diagnostics, and shorten tracebacks of the user's own."""
+    with _quiet():
+        try:
+            yield
+        except CompileError:
+            raise
+        except _DATA_DEPENDENT as error:
+            raise _data_dependent(error) from None
+        except _TRACING as error:
+            raise _untraceable(error) from None
+        except Exception as error:  # noqa: BLE001 - sorted out by where it was raised, and re-raised
+            kept = user_traceback(error.__traceback__)
+            if kept is None or _is_torch_bug(error):
+                raise _untraceable(error) from error
+            failure = error
+        else:
+            return
+    _reraise(failure, user_traceback(failure.__traceback__))
+
+
+def _reraise(error: Exception, tb: TracebackType | None) -> None:
+    """Raise the user's own exception again, without the frames of torch and weft in between."""
+    error.__suppress_context__ = True
+    raise error.with_traceback(tb)
+
+
+def _is_torch_bug(error: Exception) -> bool:
+    module = type(error).__module__
+    return module.startswith(("torch._export", "torch._dynamo", "torch._functorch"))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _data_dependent(error: Exception) -> CompileError:
+    return CompileError(
+        "W0301",
+        "the program's control flow depends on the values of a tensor",
+        span=user_span(error.__traceback__),
+        reason="weft plans one program for all batches, before it sees the data "
+               f"({_first_line(error)})",
+        hint="use torch.where, a mask, or torch.cond in place of `if`, `.item()` and `while` "
+             "on tensor values",
+    )  # fmt: skip
+
+
+def _untraceable(error: Exception) -> CompileError:
+    return CompileError(
+        "W0302", "the program cannot be traced", span=user_span(error.__traceback__),
+        reason=f"{type(error).__name__}: {_first_line(error)}",
+        hint="move what torch.export does not support out of the compiled function",
+    )  # fmt: skip
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Torch logs failures of shape functions at length; the diagnostic says it once."""
+    names = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

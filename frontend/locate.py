@@ -1,0 +1,75 @@
+"""Places in the user's program: from traced nodes, and from exceptions."""
+
+from __future__ import annotations
+
+import linecache
+import re
+import traceback
+from functools import lru_cache
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch.fx import Node
+
+from ..ir.errors import Span
+from ..ir.module import Location
+
+#: frames below these folders are not the user's: torch, and the frontend itself
+_INTERNAL = (f"{Path(torch.__file__).parent}/", f"{Path(__file__).parent}/")
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in ')
+
+
+def is_internal(file: str) -> bool:
+    """Does a frame of this file belong to torch or to weft's tracing?"""
+    return file.startswith(_INTERNAL) or file.startswith("<")
+
+
+@lru_cache(maxsize=4096)
+def _user_frame(stack: str) -> tuple[str, int]:
+    """(file, line) of the innermost frame outside torch; ("", 0) when there is none."""
+    for file, line in reversed(_FRAME.findall(stack)):
+        if not is_internal(file):
+            return file, int(line)
+    return "", 0
+
+
+def module_path(node: Node, prefix: str) -> str:
+    """The path of the innermost module that a node belongs to, without `prefix`."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = str(next(reversed(stack.values()))[0])
+    path = re.sub(r"@\d+$", "", path)  # a module that is called several times
+    return path.removeprefix(prefix).removeprefix(".")
+
+
+def node_location(node: Node, prefix: str = "") -> Location:
+    """Where a traced node comes from."""
+    file, line = _user_frame(node.meta.get("stack_trace") or "")
+    return Location(module_path(node, prefix), file, line)
+
+
+def user_span(tb: TracebackType | None) -> Span | None:
+    """The innermost place of a traceback that lies in the user's code, or None."""
+    for frame in reversed(traceback.extract_tb(tb)):
+        if not is_internal(frame.filename):
+            text = linecache.getline(frame.filename, frame.lineno or 0).rstrip("\n")
+            column = (frame.colno or 0) + 1
+            same_line = frame.end_lineno in (None, frame.lineno)
+            end = frame.end_colno if same_line and frame.end_colno else len(text)
+            return Span(frame.filename, frame.lineno or 0, column, text, max(1, end - column + 1))
+    return None
+
+
+def user_traceback(tb: TracebackType | None) -> TracebackType | None:
+    """A traceback with the frames of torch and of weft left out; None when nothing is left."""
+    kept: list[TracebackType] = []
+    while tb is not None:
+        if not is_internal(tb.tb_frame.f_code.co_filename):
+            kept.append(tb)
+        tb = tb.tb_next
+    out: TracebackType | None = None
+    for entry in reversed(kept):
+        out = TracebackType(out, entry.tb_frame, entry.tb_lasti, entry.tb_lineno)
+    return out
