@@ -22,6 +22,12 @@ FAMILIES = (
 )  # fmt: skip
 
 
+#: the operand dtypes of families whose ops do not say more: see `OpDef.dtypes`
+DTYPE_RULES = {"contraction": "T", "pointwise": "T", "row": "F", "movement": "T", "random": "i",
+               "optimizer": "f"}  # fmt: skip
+_DTYPE_KINDS = {"f": "a float", "i": "an integer", "b": "bool"}
+
+
 class Context(Protocol):
     """What a reference semantics may ask."""
 
@@ -98,7 +104,10 @@ class OpDef:
             combined by `lse`; empty for the ops that never need it.
         flops_per_point: floating-point operations per point of the iteration space.
         flops: the same for ops whose work is not proportional to their iteration space.
-        verify: more checks; returns a reason, or '' when all is well.
+        dtypes: a letter for each operand: `f` is a float, `i` an integer, `b` a bool, `.` anything;
+            equal capitals (`F` for floats, `T` for anything) are equal dtypes. The last letter also
+            holds for further operands. Empty: the default of the family, `DTYPE_RULES`.
+        verify: more checks, once shapes and dtypes fit; returns a reason, or ''.
         levels: the levels where the op may appear.
     """
 
@@ -113,6 +122,7 @@ class OpDef:
     lse_results: tuple[Placement, ...] = ()
     flops_per_point: float = 1.0
     flops: Callable[[Signature], float] | None = None
+    dtypes: str = ""
     verify: Callable[[Op], str] | None = None
     levels: tuple[str, ...] = ("logical", "placed", "spmd", "schedule")
 
@@ -121,6 +131,20 @@ class OpDef:
             raise ValueError(f"op {self.name}: unknown family {self.family}")
         if not self.doc or not self.name:
             raise ValueError(f"op {self.name!r}: a name and a doc are required")
+
+    def wrong_dtypes(self, dtypes: Sequence[str]) -> str:
+        """Why operands of these dtypes do not fit; empty when they do."""
+        rule = self.dtypes or DTYPE_RULES.get(self.family, ".")
+        known: dict[str, str] = {}
+        for number, dtype in enumerate(dtypes):
+            letter = rule[min(number, len(rule) - 1)]
+            kind = "f" if dtype in FLOATS else "b" if dtype == "bool" else "i"
+            wanted = letter.lower()
+            if wanted in _DTYPE_KINDS and kind != wanted:
+                return f"operand {number} is {dtype}, not {_DTYPE_KINDS[wanted]}"
+            if letter.isupper() and known.setdefault(letter, dtype) != dtype:
+                return f"operand {number} is {dtype}, an earlier one {known[letter]}"
+        return ""
 
     def bind(
         self, ins: Sequence[Shape], outs: Sequence[Shape], attrs: Mapping[str, Attr]

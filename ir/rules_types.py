@@ -8,6 +8,7 @@ from .module import Module, Op
 from .opdef import full_attrs, signature_of
 from .ops import OPS
 from .rule import Rule, op_rule
+from .signature import parse_signature
 from .types import TensorType
 
 #: What a signature or a type rule may raise on operands or attributes that make no sense.
@@ -35,6 +36,32 @@ def _signature(module: Module, op: Op) -> str:
     except _UNFIT as error:
         shapes = ", ".join(str(list(value.type.shape)) for value in op.operands)
         return f"{op.name} of shapes {shapes or 'none'}: {error or type(error).__name__}"
+    return ""
+
+
+def _dtypes(module: Module, op: Op) -> str:
+    reason = OPS[op.name].wrong_dtypes([value.type.dtype for value in op.operands])
+    return f"{op.name}: {reason}" if reason else ""
+
+
+def _broadcast(module: Module, op: Op) -> str:
+    """Dims `a...` are the same in all tensors of an op; only pointwise ops broadcast them."""
+    line = OPS[op.name].signature
+    if not isinstance(line, str) or OPS[op.name].family == "pointwise" or "..." not in line:
+        return ""
+    template = parse_signature(line)
+    known: dict[str, tuple[int, ...]] = {}
+    rows = zip((*template.operands, *template.results), (*op.operands, *op.results), strict=True)
+    for items, value in rows:
+        shape = value.type.shape
+        for position, item in enumerate(items):
+            if item.variadic:
+                part = shape[position : len(shape) - (len(items) - 1 - position)]
+                if known.setdefault(item.names[0], part) != part:
+                    return (
+                        f"dims {item.names[0]}... of {op.name} are {list(known[item.names[0]])} in "
+                        f"one tensor and {list(part)} in {value}"
+                    )
     return ""
 
 
@@ -79,6 +106,8 @@ def _kept(module: Module, op: Op) -> str:
 
 RULES: tuple[Rule, ...] = (
     op_rule("signature", "operand and result shapes fit the op's signature", _signature, "W0202"),
+    op_rule("dtypes", "operand dtypes are what the op takes", _dtypes, "W0202"),
+    op_rule("broadcast", "only pointwise ops broadcast", _broadcast, "W0202"),
     op_rule("result-types", "results have the types that the op table gives", _results, "W0202"),
     op_rule("same-value", "reshards and collectives keep dtype and shape", _kept, "W0202"),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..module import Attr
+from ..module import Attr, Op
 from ..opdef import AttrSpec, define
 from ..signature import Shape, Signature, instantiate
 from ..types import B, P, TensorType
@@ -157,11 +157,17 @@ def _types(ins: Sequence[TensorType], attrs: Mapping[str, Attr]) -> Sequence[Ten
     return [TensorType(q.dtype, (*q.shape[:-1], v.shape[-1])), TensorType(wide, q.shape[:-1])]
 
 
-define(name="attention", family="contraction", flops=_flops(2.0),
+def _seed_verify(op: Op) -> str:
+    seed = op.operands[-1].type
+    fits = not op.attrs.get("dropout") or seed.dtype in ("i64", "i32")
+    return "" if fits else f"the seed is {seed}, not an integer"
+
+
+define(name="attention", verify=_seed_verify, family="contraction", flops=_flops(2.0),
        doc="softmax(scale * q k^T + mask) v, and the log-sum-exp of the scores (natural logarithm)",
-       signature=_forward, attrs=_ATTRS, types=_types, lse_results=(P("sum"), B),
+       signature=_forward, attrs=_ATTRS, dtypes="TTT.", types=_types, lse_results=(P("sum"), B),
        ref=_attention)  # fmt: skip
-define(name="attention_backward", family="contraction", flops=_flops(5.0),
+define(name="attention_backward", verify=_seed_verify, family="contraction", flops=_flops(5.0),
        doc="gradients of attention: (dout, q, k, v, out, lse, ...) -> dq, dk, dv. Dao et al., 2022",
-       signature=_backward, attrs=_ATTRS, types=lambda ins, attrs: [ins[1], ins[2], ins[3]],
+       signature=_backward, attrs=_ATTRS, dtypes="TTTTTf.", types=lambda ins, attrs: [ins[1], ins[2], ins[3]],
        ref=_attention_backward)  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..module import Attr, Op
-from ..opdef import AttrSpec, define
+from ..opdef import AttrSpec, define, full_attrs
 from ..signature import Shape, Signature, SignatureError, instantiate, parse_signature
 from ..types import TensorType
 from .product import product_of
@@ -107,18 +107,50 @@ def _conv(line: str, linear: tuple[tuple[int, ...], ...]):  # type: ignore[no-un
     return signature
 
 
+def _ints(value: Attr) -> tuple[int, ...]:
+    """The numbers of an attribute of kind `ints`."""
+    assert isinstance(value, tuple)
+    return tuple(item for item in value if isinstance(item, int))
+
+
+def _conv_verify(image: int, kernel: int, out: int) -> Callable[[Op], str]:
+    """Check the sizes of a convolution; the arguments say which of (operands, result) is which."""
+
+    def verify(op: Op) -> str:
+        attrs = full_attrs(op.name, op.attrs)
+        shapes = [value.type.shape for value in (*op.operands, *op.results)]
+        windows = [_ints(attrs[name]) for name in ("stride", "padding", "dilation")]
+        spatial = len(shapes[image]) - 2
+        if any(len(window) != spatial for window in windows):
+            return f"stride, padding and dilation need {spatial} numbers each"
+        columns = [shapes[image][2:], shapes[kernel][2:], shapes[out][2:], *windows]
+        for row in zip(*columns, strict=True):
+            size, taps, result, stride, padding, dilation = row
+            if stride < 1 or dilation < 1 or padding < 0:
+                return "stride and dilation are positive, padding is not negative"
+            wanted = (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+            if result != wanted:
+                return f"{size} pixels and {taps} taps give {wanted} pixels, not {result}"
+        (groups,), channels = _ints((attrs["groups"],)), shapes[kernel][1]
+        if groups < 1 or shapes[image][1] != channels * groups or shapes[kernel][0] % groups:
+            return f"the channels do not fit {groups} groups"
+        return ""
+
+    return verify
+
+
 define(
     name="convolution", family="contraction", flops_per_point=2.0,
     doc="Convolution of an image with a kernel, any number of spatial dims.",
     signature=_conv("n Ci IMAGE, Co Ci KERNEL -> n Co OUT ; ci=sum", ((0,), (1,))),
-    linear=((0,), (1,)), attrs=_CONV,
+    linear=((0,), (1,)), attrs=_CONV, verify=_conv_verify(0, 1, 2),
     ref=lambda c, x, w: c.torch.ops.aten.convolution(x, w, None, *_conv_args(c)),
 )  # fmt: skip
 define(
     name="convolution_input_grad", family="contraction", flops_per_point=2.0,
     doc="Gradient of convolution for its image: (dy, w) -> dx.",
     signature=_conv("n Co OUT, Co Ci KERNEL -> n Ci IMAGE ; co=sum", ((0,), (1,))),
-    linear=((0,), (1,)), attrs=_CONV,
+    linear=((0,), (1,)), attrs=_CONV, verify=_conv_verify(2, 1, 0),
     ref=lambda c, dy, w: c.torch.ops.aten.convolution_backward(
         dy, dy.new_empty(c.shape()), w, None, *_conv_args(c), [True, False, False])[0],
 )  # fmt: skip
@@ -126,7 +158,7 @@ define(
     name="convolution_weight_grad", family="contraction", flops_per_point=2.0,
     doc="Gradient of convolution for its kernel: (dy, x) -> dw.",
     signature=_conv("n Co OUT, n Ci IMAGE -> Co Ci KERNEL ; n=sum", ((0,), (1,))),
-    linear=((0,), (1,)), attrs=_CONV,
+    linear=((0,), (1,)), attrs=_CONV, verify=_conv_verify(1, 2, 0),
     ref=lambda c, dy, x: c.torch.ops.aten.convolution_backward(
         dy, x, x.new_empty(c.shape()), None, *_conv_args(c), [False, True, False])[1],
 )  # fmt: skip

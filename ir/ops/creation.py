@@ -58,7 +58,12 @@ def _iota(c: Any) -> Any:
     return line.to(c.dtype()).reshape(view).expand(shape)
 
 
-define(name="iota", family="creation", flops_per_point=1,
+def _iota_verify(op: Op) -> str:
+    dim, rank = op.attrs.get("dim", 0), len(op.result.type.shape)
+    return "" if dim in range(rank) else f"there is no dim {dim} in {op.result.type}"
+
+
+define(name="iota", family="creation", verify=_iota_verify, flops_per_point=1,
        doc="start + step * (position along `dim`)", signature=_created, ref=_iota,
        attrs={"dim": AttrSpec("int", 0), "start": AttrSpec("any", 0),
               "step": AttrSpec("any", 1)})  # fmt: skip
@@ -94,7 +99,11 @@ def _to_uniform(torch: Any, word: Any) -> Any:
 
 def _uniform(c: Any, seed: Any) -> Any:
     word, _ = philox(c.torch, seed, c.index(0, seed.device))
-    return _to_uniform(c.torch, word).to(c.dtype())
+    unit, dtype = _to_uniform(c.torch, word), c.dtype()
+    if dtype.itemsize < 4:  # rounding to nearest would give 1.0; eps is 1 in the last place of 1.0
+        eps = c.torch.finfo(dtype).eps / 2
+        unit = (unit / eps).floor() * eps
+    return unit.to(dtype)
 
 
 def _normal(c: Any, seed: Any) -> Any:
@@ -115,7 +124,7 @@ define(name="uniform", family="random", flops_per_point=60, signature=_created, 
 define(name="normal", family="random", flops_per_point=90, signature=_created, ref=_normal,
        doc="standard normal numbers from a seed and the logical position (Box-Muller)")  # fmt: skip
 define(name="dropout", family="random", flops_per_point=62, signature="a..., _ -> a...",
-       linear=((0,),), attrs={"p": AttrSpec("float")}, types=_scalar_types, ref=_dropout,
+       linear=((0,),), attrs={"p": AttrSpec("float")}, types=_scalar_types, dtypes="fi", ref=_dropout,
        doc="x / (1 - p) where a uniform number is >= p, else 0; the same call on dy is its "
            "gradient")  # fmt: skip
 

@@ -42,14 +42,14 @@ def _embedding_backward(c: Any, dy: Any, ids: Any) -> Any:
     return grad.index_add_(0, rows.reshape(-1), source.reshape(-1, dy.shape[-1]))
 
 
-define(name="embedding", family="indexing", flops_per_point=0,
+define(name="embedding", family="indexing", dtypes="iT", flops_per_point=0,
        doc="rows of a table: (ids, table) -> rows; a row held by another rank gives 0. Row "
            "`padding_idx` (or -1) gets no gradient",
        signature="a..., v d -> a... d ; v=sum", linear=((1,),),
        attrs={"padding_idx": AttrSpec("int", -1)},
        types=lambda ins, attrs: [TensorType(ins[1].dtype, (*ins[0].shape, ins[1].shape[1]))],
        ref=_embedding)  # fmt: skip
-define(name="embedding_backward", family="indexing", flops=_first,
+define(name="embedding_backward", family="indexing", dtypes="Ti", flops=_first,
        doc="gradient of embedding for its table: (dy, ids) -> dtable; `padding_idx` (or -1) gets 0",
        signature="a... d, a... -> v d ; a=sum", linear=((0,),),
        attrs={"padding_idx": AttrSpec("int", -1)}, ref=_embedding_backward)  # fmt: skip
@@ -70,22 +70,22 @@ def _along(line: str, linear: tuple[tuple[int, ...], ...]):  # type: ignore[no-u
 
 
 _DIM = {"dim": AttrSpec("int")}
-define(name="gather", family="indexing", flops_per_point=0,
+define(name="gather", family="indexing", dtypes="Ti", flops_per_point=0,
        doc="y[i, j] = x[i, index[i, j]] for dim 1, and alike for others: (x, index) -> y",
        signature=_along("PRE n! POST, PRE m! POST -> PRE m! POST", ((0,),)), linear=((0,),), attrs=_DIM,
        types=lambda ins, attrs: [TensorType(ins[0].dtype, ins[1].shape)],
        ref=lambda c, x, index: x.gather(c.attrs["dim"], index))  # fmt: skip
-define(name="scatter", family="indexing", flops_per_point=0,
+define(name="scatter", family="indexing", dtypes="TiT", flops_per_point=0,
        doc="a copy of x with y[i, index[i, j]] = src[i, j]: (x, index, src) -> y",
        signature=_along("PRE n! POST, PRE m! POST, PRE m! POST -> PRE n! POST", ((0, 2),)), linear=((0, 2),),
        attrs=_DIM, types=lambda ins, attrs: [ins[0]],
        ref=lambda c, x, index, src: x.scatter(c.attrs["dim"], index, src))  # fmt: skip
-define(name="scatter_add", family="indexing", flops=_first,
+define(name="scatter_add", family="indexing", dtypes="TiT", flops=_first,
        doc="x with src[i, j] added to y[i, index[i, j]]: (x, index, src) -> y",
        signature=_along("PRE n! POST, PRE m! POST, PRE m! POST -> PRE n! POST", ((0, 2),)), linear=((0, 2),),
        attrs=_DIM, types=lambda ins, attrs: [ins[0]],
        ref=lambda c, x, index, src: x.scatter_add(c.attrs["dim"], index, src))  # fmt: skip
-define(name="take", family="indexing", flops_per_point=0,
+define(name="take", family="indexing", dtypes="Ti", flops_per_point=0,
        doc="select along a dim by a vector of indices: (x, index) -> y",
        signature=_along("PRE n! POST, m -> PRE m POST", ((0,),)), linear=((0,),), attrs=_DIM,
        types=lambda ins, attrs: [TensorType(ins[0].dtype, (
@@ -97,7 +97,7 @@ def _take_backward(c: Any, dy: Any, index: Any) -> Any:
     return dy.new_zeros(c.shape()).index_add_(c.attrs["dim"], index, dy)
 
 
-define(name="take_backward", family="indexing", flops=_first,
+define(name="take_backward", family="indexing", dtypes="Ti", flops=_first,
        doc="gradient of take for its tensor: (dy, index) -> dx",
        signature=_along("PRE m POST, m -> PRE n! POST ; m=sum", ((0,),)), linear=((0,),), attrs=_DIM,
        ref=_take_backward)  # fmt: skip

@@ -28,7 +28,7 @@ define(name="reshape", family="movement", doc="the same elements in row-major or
 def _permute(ins: Sequence[Shape], outs: Sequence[Shape], attrs: Attrs) -> Signature:
     order = attrs["dims"]
     assert isinstance(order, tuple)
-    if sorted(order) != list(range(len(ins[0]))):  # type: ignore[type-var]
+    if sorted(order) != list(range(len(ins[0]))):
         raise SignatureError(f"{list(order)} is not a permutation of {len(ins[0])} dims")
     if tuple(ins[0][d] for d in order) != tuple(outs[0]):  # type: ignore[index]
         raise SignatureError(f"result is {list(outs[0])}, not the permuted {list(ins[0])}")
@@ -91,16 +91,25 @@ def resized(linear: tuple[tuple[int, ...], ...] = ((0,),)) -> Any:
 
 def _touched(attrs: Attrs, rank: int) -> set[int]:
     if "dim" in attrs:
-        return {int(attrs["dim"])}  # type: ignore[arg-type]
+        dim = attrs["dim"]
+        assert isinstance(dim, int)
+        if not 0 <= dim < rank:
+            raise SignatureError(f"dim {dim} is not in 0..{rank - 1}")
+        return {dim}
     low, high = attrs["low"], attrs["high"]
     assert isinstance(low, tuple) and isinstance(high, tuple)
+    if not len(low) == len(high) == rank:
+        raise SignatureError(f"`low` and `high` need {rank} numbers each")
     return {d for d in range(rank) if low[d] or high[d]}
 
 
 def _slice_types(ins: Sequence[TensorType], attrs: Attrs) -> Sequence[TensorType]:
     shape = list(ins[0].shape)
     start, stop, step = (int(attrs[k]) for k in ("start", "stop", "step"))  # type: ignore[arg-type]
-    shape[int(attrs["dim"])] = len(range(start, stop, step))  # type: ignore[arg-type]
+    dim = int(attrs["dim"])  # type: ignore[arg-type]
+    if not 0 <= start <= stop <= shape[dim] or step < 1:
+        raise SignatureError(f"there is no slice {start}:{stop}:{step} of {shape[dim]} elements")
+    shape[dim] = len(range(start, stop, step))
     return [TensorType(ins[0].dtype, tuple(shape))]
 
 

@@ -21,9 +21,15 @@ OVERWRITES: dict[str, tuple[int, ...]] = {
 }  # fmt: skip
 
 
+def _widen(c: Any, x: Any) -> Any:
+    """Updates are computed in at least float32, and rounded once, when they are stored."""
+    return x if x.dtype.itemsize >= 4 else x.float()
+
+
 def _adam(decoupled: bool) -> Any:
     def ref(c: Any, p: Any, g: Any, m: Any, v: Any, step: Any, lr: Any) -> Any:
-        a = c.attrs
+        a, stored = c.attrs, (p.dtype, m.dtype, v.dtype)
+        p, g, m, v = (_widen(c, x) for x in (p, g, m, v))
         if a["maximize"]:
             g = -g
         if a["weight_decay"]:
@@ -36,7 +42,8 @@ def _adam(decoupled: bool) -> Any:
         t = step.to(c.torch.float64)
         step_size = lr / (1 - a["beta1"] ** t)
         denominator = v.sqrt() / (1 - a["beta2"] ** t).sqrt().to(v.dtype) + a["eps"]
-        return p - step_size.to(p.dtype) * (m / denominator), m, v
+        p = p - step_size.to(p.dtype) * (m / denominator)
+        return tuple(x.to(dtype) for x, dtype in zip((p, m, v), stored))
 
     return ref
 
@@ -55,18 +62,20 @@ define(name="adamw_update", family="optimizer", flops_per_point=16, signature=_P
 def _sgd(c: Any, p: Any, g: Any, *rest: Any) -> Any:
     a = c.attrs
     *state, step, lr = rest
+    stored = p.dtype
+    p, g, state = _widen(c, p), _widen(c, g), [_widen(c, x) for x in state]
     if a["maximize"]:
         g = -g
     if a["weight_decay"]:
         g = g + a["weight_decay"] * p
     if not state:
-        return p - lr.to(p.dtype) * g
+        return (p - lr.to(p.dtype) * g).to(stored)
     (buffer,) = state
     # the first step sets the buffer to the gradient, without dampening, as torch does
     damp = (1.0 - a["dampening"] * (step > 1).to(c.torch.float64)).to(p.dtype)
     buffer = a["momentum"] * buffer + damp * g
     g = g + a["momentum"] * buffer if a["nesterov"] else buffer
-    return p - lr.to(p.dtype) * g, buffer
+    return (p - lr.to(p.dtype) * g).to(stored), buffer.to(rest[0].dtype)
 
 
 _SGD = {

@@ -46,24 +46,24 @@ def binary(name: str, doc: str, ref: Callable[..., Any], **more: Any) -> None:
 unary("neg", "-x", lambda c, x: -x, linear=((0,),))
 unary("abs", "|x|", lambda c, x: x.abs())
 unary("sign", "sign of x", lambda c, x: x.sign())
-unary("exp", "e to the x", lambda c, x: x.exp(), flops=8)
-unary("log", "natural logarithm", lambda c, x: x.log(), flops=8)
-unary("log1p", "log(1 + x)", lambda c, x: x.log1p(), flops=8)
-unary("expm1", "exp(x) - 1", lambda c, x: x.expm1(), flops=8)
-unary("sqrt", "square root", lambda c, x: x.sqrt(), flops=4)
-unary("rsqrt", "1 / sqrt(x)", lambda c, x: x.rsqrt(), flops=4)
-unary("reciprocal", "1 / x", lambda c, x: x.reciprocal(), flops=4)
-unary("sin", "sine", lambda c, x: x.sin(), flops=8)
-unary("cos", "cosine", lambda c, x: x.cos(), flops=8)
-unary("tanh", "hyperbolic tangent", lambda c, x: x.tanh(), flops=8)
-unary("erf", "error function", lambda c, x: x.erf(), flops=8)
-unary("sigmoid", "1 / (1 + exp(-x))", lambda c, x: x.sigmoid(), flops=8)
+unary("exp", "e to the x", lambda c, x: x.exp(), flops=8, dtypes="F")
+unary("log", "natural logarithm", lambda c, x: x.log(), flops=8, dtypes="F")
+unary("log1p", "log(1 + x)", lambda c, x: x.log1p(), flops=8, dtypes="F")
+unary("expm1", "exp(x) - 1", lambda c, x: x.expm1(), flops=8, dtypes="F")
+unary("sqrt", "square root", lambda c, x: x.sqrt(), flops=4, dtypes="F")
+unary("rsqrt", "1 / sqrt(x)", lambda c, x: x.rsqrt(), flops=4, dtypes="F")
+unary("reciprocal", "1 / x", lambda c, x: x.reciprocal(), flops=4, dtypes="F")
+unary("sin", "sine", lambda c, x: x.sin(), flops=8, dtypes="F")
+unary("cos", "cosine", lambda c, x: x.cos(), flops=8, dtypes="F")
+unary("tanh", "hyperbolic tangent", lambda c, x: x.tanh(), flops=8, dtypes="F")
+unary("erf", "error function", lambda c, x: x.erf(), flops=8, dtypes="F")
+unary("sigmoid", "1 / (1 + exp(-x))", lambda c, x: x.sigmoid(), flops=8, dtypes="F")
 unary("relu", "max(x, 0)", lambda c, x: x.relu())
-unary("silu", "x * sigmoid(x)", lambda c, x: c.torch.nn.functional.silu(x), flops=9)
-unary("softplus", "log(1 + exp(x))", lambda c, x: c.torch.nn.functional.softplus(x), flops=9)
+unary("silu", "x * sigmoid(x)", lambda c, x: c.torch.nn.functional.silu(x), flops=9, dtypes="F")
+unary("softplus", "log(1 + exp(x))", lambda c, x: c.torch.nn.functional.softplus(x), flops=9, dtypes="F")
 unary("gelu", "x * Phi(x); `approximate` is none or tanh",
       lambda c, x: c.torch.nn.functional.gelu(x, approximate=c.attrs["approximate"]),
-      flops=12, attrs={"approximate": AttrSpec("str", "none")})  # fmt: skip
+      flops=12, dtypes="F", attrs={"approximate": AttrSpec("str", "none")})  # fmt: skip
 unary("floor", "round down", lambda c, x: x.floor())
 unary("ceil", "round up", lambda c, x: x.ceil())
 unary("round", "round half to even", lambda c, x: x.round())
@@ -72,12 +72,13 @@ unary("isfinite", "neither infinite nor NaN", lambda c, x: x.isfinite(), types=_
 unary("stop_gradient", "x, a constant for differentiation; the frontend removes it afterwards",
       lambda c, x: x, flops=0.0, linear=((0,),))  # fmt: skip
 unary("cast", "convert to the result's dtype", lambda c, x: x.to(c.dtype()), linear=((0,),),
-      types=None)  # fmt: skip
+      types=None, verify=lambda op: "" if op.operands[0].type.shape == op.result.type.shape
+      else "cast keeps the shape")  # fmt: skip
 
 binary("add", "x + y", lambda c, x, y: x + y, linear=((0, 1),))
 binary("sub", "x - y", lambda c, x, y: x - y, linear=((0, 1),))
 binary("mul", "x * y", lambda c, x, y: x * y, linear=((0,), (1,)))
-binary("div", "x / y (true division)", lambda c, x, y: x / y, linear=((0,),))
+binary("div", "x / y (true division)", lambda c, x, y: x / y, linear=((0,),), dtypes="F")
 binary("floor_divide", "floor(x / y)", lambda c, x, y: x // y)
 binary("remainder", "x - y * floor(x / y)", lambda c, x, y: x % y)
 binary("pow", "x to the y", lambda c, x, y: x**y, flops_per_point=16)
@@ -94,7 +95,7 @@ binary("bitwise_xor", "x xor y", lambda c, x, y: x ^ y)
 
 define(name="where", family="pointwise", doc="x where the condition holds, else y",
        signature="a..., a..., a... -> a...", ref=lambda c, p, x, y: c.torch.where(p, x, y),
-       linear=((1, 2),), types=_like(source=1))  # fmt: skip
+       linear=((1, 2),), types=_like(source=1), dtypes="bT")  # fmt: skip
 
 # Gradients of the ops above that would otherwise take several passes over memory.
 binary("gelu_backward", "gradient of gelu: (dy, x) -> dx",

@@ -14,6 +14,8 @@ from ..types import TensorType
 def _reduced_shape(shape: Shape, attrs: Mapping[str, Attr]) -> Shape:
     dims = attrs["dims"]
     assert isinstance(dims, tuple)
+    if len(set(dims)) != len(dims) or not set(dims) <= set(range(len(shape))):
+        raise SignatureError(f"dims {list(dims)} are not distinct dims of {list(shape)}")
     keep = bool(attrs.get("keepdim", False))
     return tuple(1 if d in dims else size for d, size in enumerate(shape) if keep or d not in dims)
 
@@ -23,8 +25,9 @@ def _reduce(combine: str, linear: tuple[tuple[int, ...], ...] = ()) -> Callable[
         ins: Sequence[Shape], outs: Sequence[Shape], attrs: Mapping[str, Attr]
     ) -> Signature:
         (shape,) = ins
-        if outs and tuple(outs[0]) != _reduced_shape(shape, attrs):
-            raise SignatureError(f"result is {list(outs[0])}, not {list(_reduced_shape(shape, attrs))}")
+        reduced = _reduced_shape(shape, attrs)
+        if outs and tuple(outs[0]) != reduced:
+            raise SignatureError(f"result is {list(outs[0])}, not {list(reduced)}")
         dims_attr = attrs["dims"]
         assert isinstance(dims_attr, tuple)
         dims = {
@@ -127,6 +130,17 @@ define(name="sort", family="reduction", doc="sorted values along a dim, and thei
        types=lambda ins, attrs: [ins[0], TensorType("i64", ins[0].shape)],
        ref=lambda c, x: tuple(
            x.sort(dim=c.attrs["dim"], descending=c.attrs["descending"], stable=True)))  # fmt: skip
+
+
+def _topk_types(ins: Sequence[TensorType], attrs: Mapping[str, Attr]) -> list[TensorType]:
+    shape, dim, k = list(ins[0].shape), attrs["dim"], attrs["k"]
+    assert isinstance(dim, int) and isinstance(k, int)
+    if not 0 <= k <= shape[dim]:
+        raise SignatureError(f"there are no {k} largest of {shape[dim]} values")
+    shape[dim] = k
+    return [TensorType(ins[0].dtype, tuple(shape)), TensorType("i64", tuple(shape))]
+
+
 define(name="topk", family="reduction", doc="the k largest values along a dim, and their indices",
-       signature=along(), attrs={**_DIM, "k": AttrSpec("int")},
+       signature=along(), attrs={**_DIM, "k": AttrSpec("int")}, types=_topk_types,
        ref=lambda c, x: tuple(x.topk(c.attrs["k"], dim=c.attrs["dim"])))  # fmt: skip

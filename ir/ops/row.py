@@ -39,7 +39,11 @@ define(name="logsumexp", family="row", flops_per_point=10, doc="log(sum of exp(x
 
 
 def _layer_norm(c: Any, x: Any, weight: Any, bias: Any) -> Any:
-    return c.torch.ops.aten.native_layer_norm(x, x.shape[-1:], weight, bias, c.attrs["eps"])
+    wide = c.dtype(1)  # statistics of narrow floats are f32, which the CPU kernel gives for f32 only
+    out, mean, rstd = c.torch.ops.aten.native_layer_norm(
+        x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), c.attrs["eps"]
+    )
+    return out.to(x.dtype), mean, rstd
 
 
 def _layer_norm_types(ins: Sequence[TensorType], attrs: Mapping[str, Attr]) -> list[TensorType]:
@@ -49,21 +53,24 @@ def _layer_norm_types(ins: Sequence[TensorType], attrs: Mapping[str, Attr]) -> l
 
 def _layer_norm_backward(c: Any, dy: Any, x: Any, weight: Any, mean: Any, rstd: Any) -> Any:
     # the CPU kernel reads mean and rstd as if they were contiguous, whatever their strides
-    mean, rstd = mean.contiguous(), rstd.contiguous()
-    return c.torch.ops.aten.native_layer_norm_backward(
-        dy, x, x.shape[-1:], mean, rstd, weight, weight, [True, True, True]
+    mean, rstd, wide = mean.contiguous(), rstd.contiguous(), rstd.dtype
+    w = weight.to(wide)
+    dx, dw, db = c.torch.ops.aten.native_layer_norm_backward(
+        dy.to(wide), x.to(wide), x.shape[-1:], mean, rstd, w, w, [True, True, True]
     )
+    return dx.to(x.dtype), dw.to(weight.dtype), db.to(weight.dtype)
 
 
 _EPS = {"eps": AttrSpec("float", 1e-5)}
-define(name="layer_norm", family="row", flops_per_point=8, attrs=_EPS,
+define(name="layer_norm", family="row", dtypes="f", flops_per_point=8, attrs=_EPS,
        doc="(x - mean) * rstd * weight + bias over the last dim; also mean and rstd of each row",
        signature="a... n!, n!, n! -> a... n!, a... one!, a... one!",
        types=_layer_norm_types, ref=_layer_norm)  # fmt: skip
-define(name="layer_norm_backward", family="row", flops_per_point=14,
+define(name="layer_norm_backward", family="row", dtypes="f", flops_per_point=14,
        doc="gradients of layer_norm: (dy, x, weight, mean, rstd) -> dx, dweight, dbias",
        signature="a... n!, a... n!, n!, a... one!, a... one! -> a... n!, n!, n! ; a=sum",
-       linear=((0,),), ref=_layer_norm_backward)  # fmt: skip
+       linear=((0,),), types=lambda ins, attrs: [ins[1], ins[2], ins[2]],
+       ref=_layer_norm_backward)  # fmt: skip
 
 
 def _rms_norm(c: Any, x: Any, weight: Any) -> Any:
@@ -82,14 +89,14 @@ def _rms_norm_backward(c: Any, dy: Any, x: Any, weight: Any, rstd: Any) -> Any:
     return dx.to(x.dtype), dw.to(weight.dtype)
 
 
-define(name="rms_norm", family="row", flops_per_point=6, attrs=_EPS,
+define(name="rms_norm", family="row", dtypes="f", flops_per_point=6, attrs=_EPS,
        doc="x * rsqrt(mean(x * x) + eps) * weight over the last dim; also the factor of each row",
        signature="a... n!, n! -> a... n!, a... one!",
        types=lambda ins, attrs: _layer_norm_types(ins, attrs)[:2], ref=_rms_norm)  # fmt: skip
-define(name="rms_norm_backward", family="row", flops_per_point=10,
+define(name="rms_norm_backward", family="row", dtypes="f", flops_per_point=10,
        doc="gradients of rms_norm: (dy, x, weight, rstd) -> dx, dweight",
        signature="a... n!, a... n!, n!, a... one! -> a... n!, n! ; a=sum",
-       linear=((0,),), ref=_rms_norm_backward)  # fmt: skip
+       linear=((0,),), types=lambda ins, attrs: [ins[1], ins[2]], ref=_rms_norm_backward)  # fmt: skip
 
 
 def _pick(c: Any, logits: Any, labels: Any) -> tuple[Any, Any, Any]:
@@ -122,7 +129,7 @@ def _cross_entropy_types(ins: Sequence[TensorType], attrs: Mapping[str, Attr]) -
 
 
 _IGNORE = {"ignore_index": AttrSpec("int", -100)}
-define(name="cross_entropy", family="row", flops_per_point=12, attrs=_IGNORE,
+define(name="cross_entropy", family="row", dtypes="fi", flops_per_point=12, attrs=_IGNORE,
        doc="-log softmax(logits)[label] of each row, 0 where the label is ignored; also the "
            "log-sum-exp of each row in at least f32. A part of n gives the term -logit[label] if "
            "it has the label, and its own log-sum-exp: `lower` adds the total log-sum-exp to one "
@@ -130,7 +137,7 @@ define(name="cross_entropy", family="row", flops_per_point=12, attrs=_IGNORE,
        signature="a... n, a... -> a..., a... ; n=lse", lse_results=(P("sum"), B),
        types=_cross_entropy_types,
        ref=_cross_entropy)  # fmt: skip
-define(name="cross_entropy_backward", family="row", flops_per_point=10, attrs=_IGNORE,
+define(name="cross_entropy_backward", family="row", dtypes="ffif", flops_per_point=10, attrs=_IGNORE,
        doc="gradient of cross_entropy: (dloss, logits, labels, lse) -> dlogits",
        signature="a..., a... n, a..., a... -> a... n", linear=((0,),),
        types=lambda ins, attrs: [ins[1]], ref=_cross_entropy_backward)  # fmt: skip
