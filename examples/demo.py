@@ -103,7 +103,9 @@ def _child(role: str, out: Path, ranks: int = 1) -> None:
     if ranks > 1:
         command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"} if ranks > 1 else dict(os.environ)
-    subprocess.run([*command, "examples.demo", "--role", role, "--out", str(out)], check=True, env=env)
+    subprocess.run(
+        [*command, "examples.demo", "--role", role, "--out", str(out)], check=True, env=env
+    )
 
 
 def _curve(values: list[float], low: float, high: float) -> str:
@@ -132,7 +134,9 @@ def compare(out: Path) -> bool:
     table.add_row("seconds for all steps", *(f"{r['seconds']:.1f}" for r in (eager, *ranks)))
     console.print(table)
     holds = gap <= TOLERANCE and len(ours) == len(theirs) == STEPS
-    console.print(f"largest relative difference of losses             {gap:.1e} (limit {TOLERANCE:.0e})")
+    console.print(
+        f"largest relative difference of losses             {gap:.1e} (limit {TOLERANCE:.0e})"
+    )
     console.print(f"largest relative difference of updated parameters {params:.1e}")
     return holds
 

@@ -31,8 +31,14 @@ class ArtifactWriter:
     def __init__(self, target: str | Path) -> None:
         self.target = Path(target)
         if self.target.exists() and not self.target.is_dir():
-            raise CompileError("W1001", f"{target} exists and is not a folder", hint="choose another -o")
-        if self.target.is_dir() and any(self.target.iterdir()) and not (self.target / PLAN).is_file():
+            raise CompileError(
+                "W1001", f"{target} exists and is not a folder", hint="choose another -o"
+            )
+        if (
+            self.target.is_dir()
+            and any(self.target.iterdir())
+            and not (self.target / PLAN).is_file()
+        ):
             raise CompileError(
                 "W1001",
                 f"{target} exists and is not an artifact; it would be overwritten",

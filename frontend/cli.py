@@ -65,7 +65,9 @@ def main() -> None:
 @main.command("compile")
 @click.argument("target")
 @click.option("--cluster", default="", help="HOSTSxDEVICES:KIND, or a TOML file. Default: one cpu.")
-@click.option("--train", default="", help="Build the train step with this optimizer: adamw, adam, sgd.")
+@click.option(
+    "--train", default="", help="Build the train step with this optimizer: adamw, adam, sgd."
+)
 @click.option("-o", "--output", type=_FOLDER, default=Path("out"), help="Artifact folder.")
 @click.option("--mesh", default="", help="Use this mesh, e.g. 2x2, instead of searching for one.")
 @click.option("--no-verify-each", is_flag=True, help="Skip the verifier after each pass.")
@@ -92,7 +94,9 @@ def compile_command(
 @click.option("--steps", default=5, show_default=True, help="Number of steps.")
 @click.option("--lr", type=float, default=None, help="Learning rate; default: that of the example.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of random numbers.")
-@click.option("--trace", type=_FOLDER, default=None, help="Write a Perfetto trace of the last step.")
+@click.option(
+    "--trace", type=_FOLDER, default=None, help="Write a Perfetto trace of the last step."
+)
 @_diagnosed
 def run(folder: Path, steps: int, lr: float | None, seed: int, trace: Path | None) -> None:
     """Run an artifact on its example inputs, under torchrun or starting the processes itself."""
@@ -114,7 +118,9 @@ def verify(folder: Path, seed: int) -> None:
     for check in verify_dumps(dumps, given, seed):
         worst, good = max(worst, check.error), good and check.holds
         error = f"{check.error:.1e}" if check.against else "reference"
-        table.add_row(check.name, check.level, check.against, error, "ok" if check.holds else "FAILS")
+        table.add_row(
+            check.name, check.level, check.against, error, "ok" if check.holds else "FAILS"
+        )
     console.print(table)
     console.print(f"largest relative error {worst:.1e} (float64, tolerance {TOLERANCE:.0e})")
     if not good:
@@ -123,11 +129,19 @@ def verify(folder: Path, seed: int) -> None:
 
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--pass", "passes", multiple=True, metavar="NAME[opt=value]", help="Run a pass; repeat.")
-@click.option("--pipeline", default="", help="A whole pipeline, as the first line of a dump has it.")
-@click.option("--verify-each/--no-verify-each", default=True, help="Check the rules after each pass.")
+@click.option(
+    "--pass", "passes", multiple=True, metavar="NAME[opt=value]", help="Run a pass; repeat."
+)
+@click.option(
+    "--pipeline", default="", help="A whole pipeline, as the first line of a dump has it."
+)
+@click.option(
+    "--verify-each/--no-verify-each", default=True, help="Check the rules after each pass."
+)
 @click.option("--print-after", multiple=True, metavar="NAME", help="Print the module after a pass.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=None, help="Default: stdout.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), default=None, help="Default: stdout."
+)
 @click.option("--list", "list_", is_flag=True, is_eager=True, help="List the passes.",
               callback=lambda context, _, value: _list_passes(context) if value else None)  # fmt: skip
 @_diagnosed

@@ -53,7 +53,9 @@ def _overview(artifact: Artifact) -> None:
 
 def _tables(spmd: Module, limit: int) -> None:
     rows = collectives(spmd)
-    table = Table("collective", "axis", "count", "bytes", "tensor", "where", title="collectives of a step")
+    table = Table(
+        "collective", "axis", "count", "bytes", "tensor", "where", title="collectives of a step"
+    )
     for row in rows[:limit]:
         cells = (row.name, row.axis, str(row.count), human_bytes(row.bytes), row.tensor, row.where)
         table.add_row(*(cell.replace("[", r"\[") for cell in cells))
@@ -105,8 +107,12 @@ def _dump(artifact: Artifact, name: str) -> Path:
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--ir", "dump", default="", metavar="DUMP", help="Print one dump, by number or pass.")
-@click.option("--diff", "pair", nargs=2, default=None, metavar="A B", help="Differences of two dumps.")
-@click.option("--op", "path", default="", metavar="PATH", help="History of the ops of a module path.")
+@click.option(
+    "--diff", "pair", nargs=2, default=None, metavar="A B", help="Differences of two dumps."
+)
+@click.option(
+    "--op", "path", default="", metavar="PATH", help="History of the ops of a module path."
+)
 @click.option("--html", is_flag=True, help="Open the report page.")
 @click.option("--limit", default=20, show_default=True, help="Rows of each table.")
 def inspect(

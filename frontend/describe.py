@@ -20,7 +20,9 @@ def executions(module: Module) -> dict[str, int]:
 
     def visit(name: str, times: int) -> None:
         counts[name] += times
-        calls = Counter(str(o.attrs["callee"]) for o in module.function(name).ops if o.name == "call")
+        calls = Counter(
+            str(o.attrs["callee"]) for o in module.function(name).ops if o.name == "call"
+        )
         for callee, repeats in calls.items():
             visit(callee, times * repeats)
 
@@ -127,7 +129,11 @@ def op_line(op: Op) -> str:
 def diff(before: Module, after: Module, names: tuple[str, str]) -> str:
     """Unified diff of two dumps."""
     lines = difflib.unified_diff(
-        print_module(before).splitlines(), print_module(after).splitlines(), *names, lineterm="", n=2
+        print_module(before).splitlines(),
+        print_module(after).splitlines(),
+        *names,
+        lineterm="",
+        n=2,
     )
     return "\n".join(lines)
 

@@ -36,7 +36,9 @@ def _package(name: str, why: str) -> Finding:
 
 def _cubins() -> Finding:
     if importlib.util.find_spec("triton") is None:
-        return Finding("build kernels", False, "triton is not installed", "pip install 'triton>=3.6'")
+        return Finding(
+            "build kernels", False, "triton is not installed", "pip install 'triton>=3.6'"
+        )
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
     return Finding("build kernels", True, f"for sm_80, sm_90, sm_100 (host compiler: {compiler})")
 

@@ -148,7 +148,9 @@ class Plan:
                 lines.append(f"{row.role} {row.name}: {row.type}, {human_bytes(row.bytes)} a rank")
         if path:
             lines += [f"{op.loc}\n    {op_line(op)}" for _, op in matching(placed, path)]
-        lines += [f"replicated: {op_line(op)} at {op.loc}" for op in replicated(placed)[:10] if not path]
+        lines += [
+            f"replicated: {op_line(op)} at {op.loc}" for op in replicated(placed)[:10] if not path
+        ]
         if path and not lines:
             raise CompileError("W1001", f"nothing in the plan matches {path!r}")
         return "\n".join(lines)
@@ -163,7 +165,9 @@ class Plan:
             for name, tensors in (("weights", self.weights), ("inputs", self.inputs)):
                 if tensors:
                     writer.tensors(name, tensors)
-            emit_kernels(self.module("schedule"), writer.folder / "kernels", self.cluster.device.name)
+            emit_kernels(
+                self.module("schedule"), writer.folder / "kernels", self.cluster.groups[0].kind
+            )
             writer.gzipped("timeline.json.gz", self.timeline.to_json())
             writer.text("report.html", self.report())
             writer.commit(self._info(names))
@@ -172,7 +176,9 @@ class Plan:
         """The report page as HTML text."""
         subtitle = f"{self.cluster}, {mesh_text(self.mesh)}, weft {VERSION}"
         spmd = self.module("spmd")
-        return render_report(f"weft plan: {self.target}", subtitle, self._summary(), self.dumps, spmd)
+        return render_report(
+            f"weft plan: {self.target}", subtitle, self._summary(), self.dumps, spmd
+        )
 
     def _info(self, dumps: Sequence[str]) -> dict[str, Any]:
         return {

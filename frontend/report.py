@@ -45,14 +45,20 @@ def _passes(dumps: Sequence[Dump]) -> list[_Shown]:
         if len(lines) > _MAX_LINES:
             lines = [*lines[:_MAX_LINES], f"... {len(lines) - _MAX_LINES} more lines in ir/"]
         count = sum(len(f.ops) for f in dump.module.functions)
-        note = f"{dump.module.level}, {len(dump.module.functions)} functions, {count} ops. {dump.note}"
+        note = (
+            f"{dump.module.level}, {len(dump.module.functions)} functions, {count} ops. {dump.note}"
+        )
         shown.append(_Shown(dump.name, note, lines))
         previous = dump
     return shown
 
 
 def render_report(
-    title: str, subtitle: str, summary: Sequence[tuple[str, str]], dumps: Sequence[Dump], spmd: Module
+    title: str,
+    subtitle: str,
+    summary: Sequence[tuple[str, str]],
+    dumps: Sequence[Dump],
+    spmd: Module,
 ) -> str:
     """The page as text.
 
@@ -66,7 +72,9 @@ def render_report(
     largest = max(memory.values(), default=1) or 1
     environment = Environment(autoescape=True, trim_blocks=True)
     environment.filters["human"] = human_bytes
-    template = environment.from_string(files("weft.frontend").joinpath("report.html.j2").read_text())
+    template = environment.from_string(
+        files("weft.frontend").joinpath("report.html.j2").read_text()
+    )
     ranks = [
         (rank, ", ".join(f"{n}={c}" for n, c in zip(mesh.names, mesh.coord(rank), strict=True)))
         for rank in range(min(mesh.size, _MAX_RANKS))

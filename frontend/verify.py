@@ -47,9 +47,7 @@ def widen(module: Module) -> Module:
     return module.with_(functions=tuple(map(function, module.functions)))
 
 
-def random_inputs(
-    module: Module, given: Mapping[str, Tensor], seed: int = 0
-) -> tuple[Tensor, ...]:
+def random_inputs(module: Module, given: Mapping[str, Tensor], seed: int = 0) -> tuple[Tensor, ...]:
     """A tensor for each entry parameter: `given` by name where there, else random.
 
     Integer inputs that are not given are small non-negative numbers (0 and 1), which are valid

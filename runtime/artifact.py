@@ -70,7 +70,9 @@ class Artifact:
         try:
             info = json.loads(plan.read_text(encoding="utf-8"))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise RunError("W0701", f"{plan} cannot be read", reason=str(error), hint=_AGAIN) from None
+            raise RunError(
+                "W0701", f"{plan} cannot be read", reason=str(error), hint=_AGAIN
+            ) from None
         if not isinstance(info, dict) or "format" not in info:
             raise RunError("W0701", f"{plan} is not a plan", reason="no `format`", hint=_AGAIN)
         if info["format"] != FORMAT:
