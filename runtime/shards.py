@@ -42,7 +42,7 @@ def _terms(
 ) -> list[Tensor]:
     """`parts` tensors that combine to `tensor`."""
     if combine != "sum":
-        return [tensor] * parts
+        return [tensor] + [_worse(tensor, combine, noise) for _ in range(parts - 1)]
     if noise is None or tensor.dtype == torch.bool:
         return [tensor] + [torch.zeros_like(tensor)] * (parts - 1)
     if tensor.dtype.is_floating_point:
@@ -55,6 +55,16 @@ def _terms(
             torch.randint(0, 5, tensor.shape, generator=noise).to(tensor) for _ in range(parts - 1)
         ]
     return [tensor - sum(others, torch.zeros_like(tensor)), *others]
+
+
+def _worse(tensor: Tensor, combine: str, noise: torch.Generator | None) -> Tensor:
+    """A tensor that loses against `tensor` where they are combined by `max` or `min`."""
+    if noise is None:
+        return tensor
+    amount = torch.randint(0, 3, tensor.shape, generator=noise).to(tensor.device)
+    if tensor.dtype == torch.bool:
+        return tensor & (amount > 0) if combine == "max" else tensor | (amount > 0)
+    return tensor - amount.to(tensor.dtype) * (1 if combine == "max" else -1)
 
 
 def _cut(
@@ -76,8 +86,8 @@ def scatter(
 ) -> list[Tensor]:
     """The shards of a whole tensor, one for each rank in rank order, without copying.
 
-    A `P(sum)` axis leaves the value with coordinate 0 and zeros with the others, or, given `noise`,
-    random terms that add up to the value; `P(max)` and `P(min)` copy it.
+    A `P(sum)` axis leaves the value with coordinate 0 and zeros with the others; `P(max)` and
+    `P(min)` copy it. Given `noise`, the parts are random ones that combine to the value.
 
     Raises RunError W0804 when the tensor does not have the type's shape.
     """

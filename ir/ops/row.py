@@ -39,7 +39,7 @@ define(name="logsumexp", family="row", flops_per_point=10, doc="log(sum of exp(x
 
 
 def _layer_norm(c: Any, x: Any, weight: Any, bias: Any) -> Any:
-    wide = c.dtype(1)  # statistics of narrow floats are f32, which the CPU kernel gives for f32 only
+    wide = c.dtype(1)  # f32 for narrow floats, where the CPU kernel would give narrow statistics
     out, mean, rstd = c.torch.ops.aten.native_layer_norm(
         x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), c.attrs["eps"]
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -12,8 +13,8 @@ from tests.runtime.examples import CASES, EXAMPLES, WITHOUT_EXAMPLE, Case
 from torch import Tensor
 
 from weft.ir.module import Op, Value
-from weft.ir.opdef import OPS, signature_of
-from weft.ir.types import Mesh, local_shape
+from weft.ir.opdef import OPS, full_attrs, signature_of
+from weft.ir.types import Mesh, TensorType, local_shape
 from weft.runtime.context import TORCH_DTYPES, OpContext, results_of
 from weft.runtime.lse import complete_lse
 from weft.runtime.shards import gather, scatter
@@ -120,3 +121,54 @@ def test_random_numbers_have_the_right_moments() -> None:
         # 200,000 samples: the mean is within 5 standard errors
         assert abs(numbers.mean() - mean) < 5 * (variance / numbers.numel()) ** 0.5
         assert abs(numbers.var() / variance - 1) < 0.02
+
+
+#: operands that stay at float32 where the others are bfloat16
+WIDE = {"attention_backward": {5}, "layer_norm_backward": {3, 4}, "rms_norm_backward": {3},
+        "cross_entropy_backward": {3}}  # fmt: skip
+#: ops whose results jump, or that are not the same op on floats of another width
+JUMPY = frozenset({
+    "sign", "floor", "ceil", "round", "floor_divide", "remainder", "eq", "ne", "lt", "le", "gt",
+    "ge", "argmax", "sort", "topk", "isfinite", "uniform", "normal", "cast", "constant", "literal",
+    "relu_backward", "reduce_prod",
+})  # fmt: skip
+
+
+def in_bf16(case: Case) -> Case:
+    operands = []
+    for i, (shape, dtype, fill) in enumerate(case.operands):
+        scalar = OPS[case.name].family == "optimizer" and not shape
+        if dtype == "f64" and not scalar:
+            dtype = "f32" if i in WIDE.get(case.name, ()) else "bf16"
+        operands.append((shape, dtype, fill))
+    rule = OPS[case.name].types
+    wanted = [TensorType("bf16", t.shape) for t in case.results]
+    if rule is not None:
+        types = [TensorType(d, s) for s, d, _ in operands]
+        wanted = list(rule(types, full_attrs(case.name, case.attrs)))
+    results = [w if t.dtype == "f64" else t for w, t in zip(wanted, case.results, strict=True)]
+    return replace(case, operands=tuple(operands), results=tuple(results))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name not in JUMPY], ids=str)
+def test_bf16_has_the_declared_dtypes_and_is_near_float64(case: Case) -> None:
+    narrow = in_bf16(case)
+    values = narrow.values()
+    exact = run_whole(case, [
+        v.to(TORCH_DTYPES[d]) for v, (_, d, _) in zip(values, case.operands, strict=True)
+    ])  # fmt: skip
+    found = run_whole(narrow, values)
+    for mine, value, theirs in zip(found, narrow.op.results, exact, strict=True):
+        assert mine.dtype == TORCH_DTYPES[value.type.dtype]
+        mine, theirs = mine.double(), theirs.double()
+        scale = float(theirs[theirs.isfinite()].abs().max()) if theirs.isfinite().any() else 1.0
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=2**-6 * scale, equal_nan=True)
+
+
+def test_uniform_numbers_stay_below_one_in_any_dtype() -> None:
+    for dtype in ("f32", "bf16", "f16"):
+        seed = Value("s", TensorType("i64", ()))
+        op = Op("uniform", (seed,), (Value("y", TensorType(dtype, (300, 300))),))
+        numbers = OPS["uniform"].ref(OpContext(op), torch.tensor(1))
+        assert numbers.max() < 1 and numbers.min() >= 0
+        assert abs(numbers.double().mean() - 0.5) < 0.01
