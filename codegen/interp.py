@@ -78,7 +78,7 @@ class _Repair:
 
         def create_dot(builder_: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
             left, right = self.wide(a), self.wide(b)
-            accumulate = np.int32 if left.dtype.kind in "iu" else np.float32
+            accumulate: type[Any] = np.int32 if left.dtype.kind in "iu" else np.float32
             if left.dtype == np.float64:
                 accumulate = np.float64
             product = np.matmul(left.astype(accumulate), right.astype(accumulate))

@@ -14,7 +14,7 @@ from keyword import iskeyword
 
 from ..ir.errors import CompileError
 from ..ir.module import Function, Namer, Op, Value
-from ..ir.opdef import OPS, full_attrs
+from ..ir.opdef import full_attrs
 from ..passes.space import COLUMN, NoSpace, Space, analyse
 from .expr import Graph, Node, compute_dtype
 from .pointwise import OPTIMIZER, POINTWISE

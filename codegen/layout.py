@@ -9,8 +9,8 @@ from math import prod
 from ..ir.module import Value
 from ..ir.types import Mesh
 from ..passes.space import COLUMN, Extent
-from .kernel import Kernel
 from .expr import Node
+from .kernel import Kernel
 
 #: Elements of a tile per program: 8 for each of 128 threads, two 16-byte accesses of bf16.
 TILE = 1024
@@ -31,6 +31,7 @@ class Layout:
         groups: row dims in groups that are walked as one, outermost first.
         tail: row dims that are walked together with the column.
         block_m, block_n: rows and columns of a tile.
+        columns: length of the column on the rank that has most of it.
         warps: warps of a program.
     """
 
@@ -39,6 +40,7 @@ class Layout:
     tail: tuple[int, ...]
     block_m: int
     block_n: int
+    columns: int
     warps: int
 
 
@@ -130,11 +132,12 @@ def layout(kernel: Kernel, mesh: Mesh | None = None, persistent: int = PERSISTEN
     columns = local_size(space.column, mesh) if space.column is not None else 1
     columns *= prod(local_size(space.rows[dim], mesh) for dim in tail)
     if not groups and _plain_column(kernel):
-        return Layout("flat", *shape, 1, TILE, 4)
+        return Layout("flat", *shape, 1, TILE, columns, 4)
     width = power_of_two(columns)
     if not space.reduces:
         width = min(width, TILE)
-        return Layout("tile", *shape, TILE // width, width, 4)
+        return Layout("tile", *shape, TILE // width, width, columns, 4)
     if columns > persistent:
-        return Layout("looped", *shape, 1, min(STEP, width), 8)
-    return Layout("persistent", *shape, max(1, TILE // width), width, 4 * max(1, min(4, width // TILE)))
+        return Layout("looped", *shape, 1, min(STEP, width), columns, 8)
+    warps = 4 * max(1, min(4, width // TILE))
+    return Layout("persistent", *shape, max(1, TILE // width), width, columns, warps)

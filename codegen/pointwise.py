@@ -186,7 +186,8 @@ POINTWISE: dict[str, Rule] = {
     "logical_and": _one(lambda g, x, y: g.both(x, y)),
     "logical_or": _one(_logical_or),
     "where": _one(lambda g, p, x, y: g.where(p, x, y)),
-    "gelu_backward": lambda g, xs, attrs: (gelu_backward(g, *xs, attrs["approximate"]),),
+    "gelu_backward": lambda g, xs, attrs: (
+        gelu_backward(g, xs[0], xs[1], attrs["approximate"]),),
     "silu_backward": _one(silu_backward),
     "tanh_backward": _one(lambda g, dy, y: dy * (1.0 - y * y)),
     "sigmoid_backward": _one(lambda g, dy, y: dy * y * (1.0 - y)),

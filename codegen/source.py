@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from textwrap import indent
 
@@ -35,6 +36,8 @@ class KernelSource:
         text: the Python source.
         signature: Triton type of each argument of the kernel, in order, constants excluded.
         constants: the values of its `tl.constexpr` arguments.
+        aligned: its integer arguments that are multiples of 16 wherever the tensors are contiguous
+            and the column has the length that its type says.
         warps: warps of a program.
         kind: see `Layout`.
         bytes_moved: bytes that it reads and writes on the global shapes.
@@ -45,6 +48,7 @@ class KernelSource:
     text: str
     signature: dict[str, str]
     constants: dict[str, int]
+    aligned: tuple[str, ...]
     warps: int
     kind: str
     bytes_moved: int
@@ -80,7 +84,9 @@ def generate(
             "",
             "",
             "@triton.jit",
-            f"def kernel({', '.join([*arguments, *(f'{c}: tl.constexpr' for c in constants)])}):",
+            "def kernel(",
+            *_wrapped([*arguments, *(f"{c}: tl.constexpr" for c in constants)]),
+            "):",
             *(f"    {line}" for line in Body(kernel, plan).print()),
             "",
             "",
@@ -92,8 +98,13 @@ def generate(
         ]
     )
     moved, unfused = _traffic(function)
+    aligned = tuple(
+        name
+        for name in arguments
+        if plan.columns % 16 == 0 and (name == "n_cols" or re.search(r"_s\d+$", name))
+    )
     return KernelSource(
-        kernel.name, text, arguments, constants, plan.warps, plan.kind, moved, unfused
+        kernel.name, text, arguments, constants, aligned, plan.warps, plan.kind, moved, unfused
     )
 
 
@@ -104,6 +115,17 @@ def strided(tensor, *shape):
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] < 2 else tensor.contiguous()'''.split(
     "\n"
 )
+
+
+def _wrapped(names: list[str]) -> list[str]:
+    """Indented lines of names, each followed by a comma."""
+    lines: list[str] = []
+    line = ""
+    for name in names:
+        if len(line) + len(name) > 92:
+            lines, line = [*lines, line], ""
+        line = f"{line} {name}," if line else f"    {name},"
+    return [*lines, line]
 
 
 def _arguments(kernel: Kernel, plan: Layout) -> dict[str, str]:

@@ -27,21 +27,22 @@ class Fuse(Pass):
 
     A kernel function holds ops that share one iteration space (`passes/space.py`); which, says
     `passes/regions.py`. Its ops keep their types and splits, so the module means the same. Equal
-    regions share one function. On a CPU, where a plan runs the bodies, optimizer updates stay
-    apart, because `schedule` makes them run in place.
+    regions share one function. Optimizer updates stay apart unless `optimizers` is set, because
+    `schedule` makes them run in place and the executor runs those of many parameters at once.
     """
+
+    optimizers: bool = False
 
     name = "fuse"
     summary = "chains of pointwise and row-wise ops become kernel functions"
     levels = ("logical", "spmd")
 
     def run(self, module: Module) -> Module:
-        return fuse(module)
+        return fuse(module, optimizers=self.optimizers)
 
 
-def fuse(module: Module) -> Module:
+def fuse(module: Module, *, optimizers: bool = False) -> Module:
     """A module whose pointwise and row-wise chains are calls of kernel functions."""
-    optimizers = module.mesh is not None and module.mesh.device != "cpu"
     library = _Library(module)
     functions = [
         function if "kernel" in function.attrs else _rewrite(function, library, optimizers)

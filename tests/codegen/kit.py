@@ -14,7 +14,7 @@ from torch import Tensor
 from weft.codegen.source import KernelSource, generate
 from weft.ir.builder import Builder
 from weft.ir.module import Function, Location, Module, Value
-from weft.ir.types import FLOATS, Mesh, TensorType
+from weft.ir.types import FLOATS, TensorType
 from weft.passes.fuse import fuse
 from weft.runtime.interpreter import run_function
 
@@ -29,9 +29,6 @@ ROUNDING = {"f32": 2.0**-24, "bf16": 2.0**-8, "f16": 2.0**-11, "f64": 2.0**-53, 
 ARITHMETIC = {"f64": 1e-12}
 DEFAULT_ARITHMETIC = 1e-5
 
-#: a GPU mesh, so that optimizer updates are fused too
-GPU = Mesh((), "h100")
-
 
 def program(make: Callable[[Builder], Sequence[Value]], path: str = "model.layers.0") -> Module:
     """A logical module whose entry is built by `make`; its ops come from one module path."""
@@ -40,12 +37,12 @@ def program(make: Callable[[Builder], Sequence[Value]], path: str = "model.layer
     function = b.function("main", results)
     loc = Location(path, "model.py", 7)
     ops = tuple(replace(op, loc=loc) for op in function.ops)
-    return Module("logical", (function.with_(ops=ops),), mesh=GPU)
+    return Module("logical", (function.with_(ops=ops),))
 
 
 def only_kernel(module: Module) -> Function:
     """The kernel of a program that fuses into exactly one."""
-    fused = fuse(module)
+    fused = fuse(module, optimizers=True)
     left = [op.name for op in fused.entry.ops]
     assert left == ["call"], f"ops outside of the kernel: {left}"
     (kernel,) = fused.functions[1:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tests.codegen.kit import program
+
 from weft.ir.builder import Builder
 from weft.ir.module import Module, Value
 from weft.ir.types import TensorType

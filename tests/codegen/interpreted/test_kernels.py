@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from tests.codegen.kit import only_kernel, run_and_compare, samples
 from tests.codegen.programs import PROGRAMS
 

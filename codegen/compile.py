@@ -1,0 +1,253 @@
+"""Triton sources to device binaries, ahead of time and without a device.
+
+A binary depends on the source, the argument types, the constants, the target and Triton's version,
+and on nothing else: no paths, times or line numbers go in, so equal inputs give equal bytes. The
+cache is addressed by a hash of these inputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+
+from ..ir.errors import CompileError
+from . import interp
+from .source import KernelSource
+
+#: raised when what is compiled, or how it is stored in the cache, changes
+_FORMAT = 1
+#: threads of a warp on every CUDA device
+_WARP = 32
+#: cuobjdump answers in well under a second
+_TOOL_TIMEOUT_S = 30
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel needs.
+
+    Attributes:
+        registers: per thread.
+        spill_bytes: stack and local memory per thread: registers that did not fit.
+        shared_bytes: shared memory per program.
+    """
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
+class Binary:
+    """A compiled kernel: the bytes of its cubin, the name of its entry, and what it needs."""
+
+    cubin: bytes
+    entry: str
+    resources: Resources
+
+
+def available() -> bool:
+    """Can this installation compile kernels?"""
+    return importlib.util.find_spec("triton") is not None and not interp.enabled()
+
+
+def compile_kernel(source: KernelSource, target: str, cache: Path | None = None) -> Binary:
+    """Compile a generated kernel; see `compile_cubin`."""
+    return compile_cubin(
+        source.text, source.signature, source.constants, target,
+        aligned=source.aligned, warps=source.warps, cache=cache,
+    )  # fmt: skip
+
+
+def compile_cubin(
+    text: str,
+    signature: Mapping[str, str],
+    constants: Mapping[str, int],
+    target: str = "cuda:90",
+    *,
+    aligned: Sequence[str] = (),
+    warps: int = 4,
+    cache: Path | None = None,
+) -> Binary:
+    """Compile the function `kernel` of a Triton source.
+
+    Args:
+        text: Python source that defines `kernel` with `@triton.jit`.
+        signature: Triton type of each argument, in order, constants excluded. Pointers are taken
+            to be 16-byte aligned, as torch's allocations are.
+        constants: values of the `tl.constexpr` arguments.
+        target: `cuda:<compute capability>`, such as `cuda:90`.
+        aligned: integer arguments that are multiples of 16.
+        warps: warps of a program.
+        cache: folder of binaries made before; None keeps nothing.
+
+    Raises CompileError W0901.
+    """
+    if not available():
+        raise CompileError(
+            "W0901", "kernels cannot be compiled here",
+            reason="TRITON_INTERPRET=1 is set" if interp.enabled() else "Triton is not installed",
+            hint="the plan runs ATen in their place",
+        )  # fmt: skip
+    job = _Job(text, dict(signature), dict(constants), target, tuple(aligned), warps)
+    entry = job.key()
+    folder = cache / "kernels" / entry[:2] / entry if cache is not None else None
+    if folder is not None and (found := _read(folder)) is not None:
+        return found
+    binary = _compile(job)
+    if folder is not None:
+        _write(folder, binary)
+    return binary
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything that a binary depends on, Triton's version aside."""
+
+    text: str
+    signature: dict[str, str]
+    constants: dict[str, int]
+    target: str
+    aligned: tuple[str, ...]
+    warps: int
+
+    def key(self) -> str:
+        """Name of the cache entry."""
+        import triton
+
+        # the order of the arguments matters, so this is a list of pairs and not an object
+        signature, constants = list(self.signature.items()), list(self.constants.items())
+        content = [_FORMAT, triton.__version__, self.text, signature, constants, self.target,
+                   self.aligned, self.warps]  # fmt: skip
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _read(folder: Path) -> Binary | None:
+    try:
+        info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
+        cubin = (folder / "kernel.cubin").read_bytes()
+        if hashlib.sha256(cubin).hexdigest() != info["sha256"]:
+            return None  # a damaged entry is made again
+        return Binary(cubin, info["entry"], Resources(**info["resources"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(folder: Path, binary: Binary) -> None:
+    """Write an entry under a temporary name, then rename it; another process may have been first."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    info = {
+        "entry": binary.entry,
+        "sha256": hashlib.sha256(binary.cubin).hexdigest(),
+        "resources": asdict(binary.resources),
+    }
+    with TemporaryDirectory(dir=folder.parent) as name:
+        temporary = Path(name) / "entry"
+        temporary.mkdir()
+        (temporary / "kernel.cubin").write_bytes(binary.cubin)
+        (temporary / "info.json").write_text(json.dumps(info), encoding="utf-8")
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            if _read(folder) is None:
+                raise
+
+
+def _compile(job: _Job) -> Binary:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    backend, _, capability = job.target.partition(":")
+    if backend != "cuda" or not capability.isdigit():
+        raise CompileError(
+            "W0901", f"there is no code generator for {job.target}",
+            hint="targets are cuda:70 and up",
+        )  # fmt: skip
+    kinds = {**job.signature, **dict.fromkeys(job.constants, "constexpr")}
+    attrs = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(kinds.items())
+        if kind.startswith("*") or name in job.aligned
+    }
+    with TemporaryDirectory() as name, _settings(Path(name)):
+        function = _load(job.text, Path(name)).kernel
+        try:
+            ast = ASTSource(function, kinds, constexprs=dict(job.constants), attrs=attrs)
+            target = GPUTarget(backend, int(capability), _WARP)
+            compiled = triton.compile(ast, target=target, options={"num_warps": job.warps})
+            cubin: bytes = compiled.asm["cubin"]
+        except (triton.TritonError, RuntimeError, ValueError, TypeError) as error:
+            raise CompileError(
+                "W0901", f"Triton cannot compile a kernel for {job.target}", reason=str(error),
+                hint="the plan runs ATen in its place",
+            ) from error  # fmt: skip
+        shared = int(compiled.metadata.shared)
+        return Binary(cubin, str(compiled.metadata.name), _resources(cubin, shared, Path(name)))
+
+
+@contextmanager
+def _settings(folder: Path) -> Iterator[None]:
+    """Triton without line numbers (they hold paths), and with a cache that goes away."""
+    changes = {"TRITON_DISABLE_LINE_INFO": "1", "TRITON_CACHE_DIR": str(folder / "triton")}
+    before = {key: os.environ.get(key) for key in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
+
+
+def _load(text: str, folder: Path) -> ModuleType:
+    """Import a source from a file: Triton reads a kernel's text from there."""
+    path = folder / "kernel_source.py"
+    path.write_text(text, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("kernel_source", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _resources(cubin: bytes, shared: int, folder: Path) -> Resources:
+    """Read registers and stack from a cubin with the `cuobjdump` that comes with Triton."""
+    tool = _cuobjdump()
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    if tool is not None:
+        run = subprocess.run(
+            [tool, "-res-usage", str(path)], capture_output=True, text=True,
+            timeout=_TOOL_TIMEOUT_S, check=False,
+        )  # fmt: skip
+        match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", run.stdout + run.stderr)
+        if match:
+            registers, stack, local = map(int, match.groups())
+            return Resources(registers, stack + local, shared)
+    raise CompileError(
+        "W0901", "the resources of a kernel cannot be read", reason="cuobjdump gave no answer",
+        hint="reinstall Triton: its wheel holds the tool",
+    )  # fmt: skip
+
+
+def _cuobjdump() -> str | None:
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return str(path) if path.is_file() else None
+
+
+__all__ = ["Binary", "Resources", "available", "compile_cubin", "compile_kernel"]
