@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ..ir.module import Op
@@ -66,7 +65,7 @@ def complete_lse(
         for rank, total in enumerate(totals):
             (loss, _), labels, coord = results[rank], operands[rank][1], mesh.coord(rank)
             if not any(coord[position] for position in positions):
-                loss = loss + total.masked_fill(labels == ignore, 0.0)
+                loss = loss + total.masked_fill(labels == ignore, 0.0).to(loss.dtype)
             rows.append((loss, total))
         return rows
     return [(total,) for total in totals]

@@ -211,6 +211,23 @@ def test_cross_entropy_over_a_split_vocabulary(mesh: str, split: str, ignore: in
     assert (loss[[1, 4]] == 0).all()  # exactly: a mean divides by the number of other rows
 
 
+def test_cross_entropy_in_bfloat16_is_added_up_in_float32() -> None:
+    """Logit and log-sum-exp are near 40, the loss is near 0.1: rounding them would lose it."""
+    b = Builder()
+    x = b.param(TensorType("bf16", (6, 8)), "x", role="input")
+    labels = b.param(TensorType("i64", (6,)), "labels", role="input")
+    results = b.many("cross_entropy", [x, labels])
+    module = Module("logical", (b.function("main", results, [{"role": "output"}] * 2),))
+    logits = torch.full((6, 8), 36.0)
+    target = torch.arange(6)
+    logits[target, target] = 40.0
+    spmd = lowered(module, parse_mesh("2x2"), Choices({"main": FunctionChoices((("n", "n"),))}))
+    loss, _ = evaluate(spmd, [logits.bfloat16(), target])
+    exact = torch.nn.functional.cross_entropy(logits.double(), target, reduction="none")
+    assert loss.dtype == torch.bfloat16
+    assert torch.allclose(loss.double(), exact, rtol=2**-8, atol=0.0)
+
+
 def test_the_loss_over_a_split_vocabulary_is_a_sum_that_can_wait() -> None:
     """Its mean is reduced as one number, not row by row."""
     b = Builder()
