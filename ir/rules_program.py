@@ -30,9 +30,9 @@ def _functions(module: Module) -> Iterator[Violation]:
             yield Violation(f"@{function.name} is defined twice", function)
         seen.add(function.name)
         if len(function.param_attrs) != len(function.params):
-            yield Violation("each parameter needs one record of attributes", function)
+            yield Violation(f"@{function.name}: each parameter needs one record of attributes")
         if len(function.result_attrs) != len(function.results):
-            yield Violation("each result needs one record of attributes", function)
+            yield Violation(f"@{function.name}: each result needs one record of attributes")
 
 
 def _wrong_use(value: Value, defined: dict[str, TensorType]) -> str:

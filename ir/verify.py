@@ -51,7 +51,7 @@ def _error(rule: Rule, violation: Violation, more: int, pass_name: str) -> Compi
     message = f"rule `{rule.name}`{after}: {violation.message}"
     lines = [rule.doc]
     if more:
-        lines.append(f"{more}{' or more' if more == _COUNTED else ''} more violations of this rule")
+        lines.append(f"{more}{' or more' if more == _COUNTED else ''} further violations")
     span = None
     if violation.function is not None:
         function, index = violation.function, violation.index
