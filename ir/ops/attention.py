@@ -9,7 +9,7 @@ from ..module import Attr, Op
 from ..opdef import AttrSpec, define
 from ..signature import Shape, Signature, instantiate
 from ..types import B, P, TensorType
-from .creation import _to_uniform, philox
+from .creation import random_words, to_uniform
 
 _Q, _K, _V, _OUT = "b (g r) s d", "b g t d", "b g t e", "b (g r) s e"
 _MASK, _LSE = "b? (g r)? s? t?", "b (g r) s"
@@ -66,9 +66,9 @@ def _keep(c: Any, shape: tuple[int, ...], seed: Any) -> Any:
     totals = (c.size("b"), heads, c.size("s"), c.size("t"))
     for count, start, total in zip((b, g * r, s, t), starts, totals, strict=True):
         index = (index * total).unsqueeze(-1) + c.torch.arange(count, device=seed.device) + start
-    word, _ = philox(c.torch, seed, index.reshape(b, g, r, s, t))
+    word, _ = random_words(c, seed, index.reshape(b, g, r, s, t))
     p = c.attrs["dropout"]
-    return (_to_uniform(c.torch, word) >= p) * (1.0 / (1.0 - p) if p < 1 else 0.0)
+    return (to_uniform(c.torch, word) >= p) * (1.0 / (1.0 - p) if p < 1 else 0.0)
 
 
 def _split(c: Any, rest: Sequence[Any]) -> tuple[Any, Any]:

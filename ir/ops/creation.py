@@ -72,34 +72,43 @@ _M0, _M1, _W0, _W1 = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
 
 
-def _mulhilo(a: int, b: Any) -> tuple[Any, Any]:
-    wide = b * a  # wraps modulo 2**64, which keeps all 64 bits of the unsigned product
-    return (wide >> 32) & _MASK, wide & _MASK
+#: elements at a time, so that the intermediates stay in a core's cache (measured: 2x faster)
+_CHUNK = 1 << 14
 
 
 def philox(torch: Any, seed: Any, counter: Any) -> tuple[Any, Any]:
-    """Two of the four 32-bit words (as int64) of Philox 4x32-10 at each counter."""
-    c0, c1 = counter & _MASK, (counter >> 32) & _MASK
-    c2 = c3 = torch.zeros_like(c0)
+    """Two of the four 32-bit words (as int64) of Philox 4x32-10 at each counter.
+
+    Between the rounds only the low 32 bits of the int64 words count: they are masked where they
+    are multiplied. A product wraps modulo 2**64, which keeps all bits of the unsigned product.
+    """
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    for _ in range(10):
-        hi0, lo0 = _mulhilo(_M0, c0)
-        hi1, lo1 = _mulhilo(_M1, c2)
-        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+    w0 = (counter & _MASK) * _M0  # the first round: the other two words of the counter are 0
+    c0, c1, c2, c3 = (counter >> 32) ^ k0, 0, (w0 >> 32) ^ k1, w0
+    for _ in range(9):
         k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
-    return c0, c1
+        w0, w1 = (c0 & _MASK) * _M0, (c2 & _MASK) * _M1
+        c0, c1, c2, c3 = (w1 >> 32) ^ (c1 ^ k0), w1, (w0 >> 32) ^ (c3 ^ k1), w0
+    return c0 & _MASK, c1 & _MASK
 
 
-def _to_uniform(torch: Any, word: Any) -> Any:
+def random_words(c: Any, seed: Any, index: Any) -> tuple[Any, Any]:
+    """`philox` at each position, in chunks where the context may use what is fast."""
+    if not c.fused or index.numel() <= _CHUNK:
+        return philox(c.torch, seed, index)
+    chunks = [philox(c.torch, seed, part) for part in index.reshape(-1).split(_CHUNK)]
+    first, second = (c.torch.cat(words).reshape(index.shape) for words in zip(*chunks))
+    return first, second
+
+
+def to_uniform(torch: Any, word: Any) -> Any:
     """32 random bits to [0, 1), as `tl.rand` does: fold the sign, scale by 2**-31."""
-    signed = torch.where(word >= 1 << 31, word - (1 << 32), word)
-    folded = torch.where(signed < 0, -signed - 1, signed)
-    return folded.to(torch.float32) * 4.6566127342e-10
+    return torch.minimum(word, word ^ _MASK).to(torch.float32) * 4.6566127342e-10
 
 
 def _uniform(c: Any, seed: Any) -> Any:
-    word, _ = philox(c.torch, seed, c.index(0, seed.device))
-    unit, dtype = _to_uniform(c.torch, word), c.dtype()
+    word, _ = random_words(c, seed, c.index(0, seed.device))
+    unit, dtype = to_uniform(c.torch, word), c.dtype()
     if dtype.itemsize < 4:  # rounding to nearest would give 1.0; eps is 1 in the last place of 1.0
         eps = c.torch.finfo(dtype).eps / 2
         unit = (unit / eps).floor() * eps
@@ -107,14 +116,14 @@ def _uniform(c: Any, seed: Any) -> Any:
 
 
 def _normal(c: Any, seed: Any) -> Any:
-    first, second = philox(c.torch, seed, c.index(0, seed.device))
-    radius = (-2.0 * _to_uniform(c.torch, first).clamp_min(1e-7).log()).sqrt()
-    return (radius * (2 * pi * _to_uniform(c.torch, second)).cos()).to(c.dtype())
+    first, second = random_words(c, seed, c.index(0, seed.device))
+    radius = (-2.0 * to_uniform(c.torch, first).clamp_min(1e-7).log()).sqrt()
+    return (radius * (2 * pi * to_uniform(c.torch, second)).cos()).to(c.dtype())
 
 
 def _dropout(c: Any, x: Any, seed: Any) -> Any:
-    word, _ = philox(c.torch, seed, c.index(0, seed.device))
-    keep = _to_uniform(c.torch, word) >= c.attrs["p"]
+    word, _ = random_words(c, seed, c.index(0, seed.device))
+    keep = to_uniform(c.torch, word) >= c.attrs["p"]
     scale = 1.0 / (1.0 - c.attrs["p"]) if c.attrs["p"] < 1 else 0.0
     return x * (keep.to(x.dtype) * scale)
 

@@ -273,3 +273,10 @@ def test_philox_equals_the_published_test_vectors() -> None:
     # Random123's known answers for philox4x32-10 with counter and key 0
     first, second = philox(torch, torch.tensor(0), torch.tensor([0]))
     assert (int(first), int(second)) == (0x6627E8D5, 0xE169C58D)
+
+
+def test_random_numbers_are_the_same_on_the_fast_path() -> None:
+    x, seed = torch.randn(200, 300), torch.tensor(2**40 + 3)
+    slow, fast = (run("dropout", [x, seed], fused=fused, p=0.3)[0] for fused in (False, True))
+    assert torch.equal(slow, fast)
+    assert abs((slow == 0).float().mean() - 0.3) < 0.01
