@@ -11,6 +11,7 @@ has no requirement on even shards. NCCL's own is used where the shards are even.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -96,7 +97,7 @@ def _all_gather(comm: Groups, op: Op) -> Start:
             if even and dim == 0:
                 return out.view(result)
             if even:
-                return out.view(count, *shapes[0]).movedim(0, dim).reshape(result)
+                return out.view(count, *shapes[0]).movedim(0, dim).reshape(result).contiguous()
             rows = out.view(count, largest)
             pieces = [rows[i, : sizes[i]].view(shapes[i]) for i in range(count)]
             return torch.cat(pieces, dim)
@@ -296,8 +297,8 @@ def _partial(comm: Groups, op: Op) -> Callable[..., Tensor]:
 
         return pad
     if combine == "sum" and comm.position(axis) != 0:
-        return torch.zeros_like
-    return torch.clone
+        return partial(torch.zeros_like, memory_format=torch.contiguous_format)
+    return partial(torch.clone, memory_format=torch.contiguous_format)
 
 
 STARTS: dict[str, Callable[[Groups, Op], Start]] = {
