@@ -9,6 +9,7 @@ be the innermost one that splits it, before as well as after: their types say so
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -25,13 +26,17 @@ def over_groups(
     values: Ranks, mesh: Mesh, axes: Sequence[str], act: Callable[[list[Tensor]], list[Tensor]]
 ) -> list[Tensor]:
     """Apply `act` (values of a group -> new values of its ranks) to each group along `axes`."""
-    out: list[Tensor | None] = [None] * mesh.size
-    for rank in range(mesh.size):
-        if out[rank] is None:
-            group = mesh.group(rank, axes)
-            for member, tensor in zip(group, act([values[r] for r in group]), strict=True):
-                out[member] = tensor
-    return [tensor for tensor in out if tensor is not None]
+    out = list(values)
+    for group in _groups(mesh, tuple(axes)):
+        for member, tensor in zip(group, act([values[r] for r in group]), strict=True):
+            out[member] = tensor
+    return out
+
+
+@lru_cache(maxsize=1024)
+def _groups(mesh: Mesh, axes: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+    """All groups of ranks that differ only along axes."""
+    return tuple(dict.fromkeys(mesh.group(rank, axes) for rank in range(mesh.size)))
 
 
 def _parts(tensor: Tensor, dim: int, count: int) -> list[Tensor]:
