@@ -6,8 +6,11 @@ parameter and its update share one variable, gradients and optimizer states are 
 data, tensor, sequence and context parallelism and ZeRO stages 1 to 3 are all points of this one
 space. With d states per variable and width w a network takes time d^(w+1); depth costs nothing.
 
+Meshes of three axes and more: exact searches over each pair of axes in turn, the others kept as they
+are, until no pair helps (very large neighbourhood descent); the bound then is the least compute time.
+
 Memory: where the cheapest placement does not fit, bytes get a price lambda (a Lagrange multiplier,
-Everett, 1963), raised until it fits and then lowered by bisection.
+Everett, 1963), the least at which it fits, found by bisection.
 
 Related: Cai et al., TensorOpt, 2020, and Jia et al., OptCNN, 2018 (elimination of nodes); Zheng et
 al., Alpa, 2022 (the same costs as an integer program); OneFlow's solver (reductions, then greedy).
@@ -18,6 +21,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
+from math import inf, prod
 from typing import ClassVar
 
 from ..costmodel.cluster import Cluster, meshes, parse_cluster
@@ -26,15 +31,19 @@ from ..ir.module import Module
 from ..ir.types import Mesh
 from .apply import Choices, apply
 from .base import Pass
-from .place_model import PlacementModel
+from .place_model import Near, PlacementModel
 from .place_solve import Solution, solve
 from .price import Price, price
 
 #: share of a device's memory that a plan may fill: allocator slack and communication buffers
 #: take the rest (CUDA context and NCCL take 1 to 3 GB of 80)
 MEMORY_SHARE = 0.9
-#: steps of the search for the least price of memory
-_RAISES, _BISECTIONS = 14, 4
+#: steps of the search for the least price of memory that fits, each a factor of at most 1000
+_BISECTIONS = 5
+#: meshes with more axes are searched by descent: with 3 axes a hub of a 4-dim tensor has 27,000
+#: states
+JOINT_AXES = 2
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -148,68 +157,112 @@ def search(
 
 
 def search_mesh(
-    module: Module, mesh: Mesh, cluster: Cluster, *, limit_s: float = 60.0
+    module: Module,
+    mesh: Mesh,
+    cluster: Cluster,
+    *,
+    limit_s: float = 60.0,
+    joint_axes: int = JOINT_AXES,
 ) -> PlacementResult | None:
-    """The fastest placement on one mesh, or None where none is legal."""
-    start = time.perf_counter()
-    model = PlacementModel(module, mesh, cluster)
-    variables = len(model.network.unary)
+    """The fastest placement on one mesh that fits, or the one of least memory; None if none is legal.
 
-    def attempt(weight: float) -> PlacementResult | None:
-        solution = solve(model.weighted(weight), limit_s)
-        if solution is None:
-            return None
-        return _result(model, solution, weight, variables, start)
-
-    best = attempt(0.0)
+    Args:
+        joint_axes: meshes with more axes than this are searched by descent over pairs of axes.
+    """
+    task = _Task(module, mesh, cluster, limit_s, joint_axes)
+    best = task.attempt(0.0)
     if best is None or best.report[0].fits:
         return best
-    # the price at which all memory would cost as much as the step does now, over 4 ** 7
-    scale = best.objective_us / max(1.0, best.price.peak_bytes) / 4**7
-    low, high, fitting = 0.0, 0.0, None
-    for number in range(_RAISES):
-        weight = scale * 4**number
-        result = attempt(weight)
-        if result is None:
-            break
-        if result.report[0].fits:
-            high, fitting = weight, result
-            break
-        low = weight
-        if result.price.peak_bytes < best.price.peak_bytes:
-            best = result
-    for _ in range(_BISECTIONS if fitting else 0):
-        middle = (low + high) / 2
-        result = attempt(middle)
+    # the price of memory that makes the step's peak cost a thousand times its time
+    most = 1000 * best.objective_us / max(1.0, best.price.peak_bytes)
+    frugal = task.attempt(most)
+    if frugal is None or not frugal.report[0].fits:
+        return frugal or best
+    low, high = most / 1e6, most
+    for _ in range(_BISECTIONS):
+        middle = (low * high) ** 0.5
+        result = task.attempt(middle)
         if result is not None and result.report[0].fits:
-            high, fitting = middle, result
+            high, frugal = middle, min(frugal, result, key=lambda r: r.objective_us)
         else:
             low = middle
-    return fitting or best
+    return frugal
 
 
-def _result(
-    model: PlacementModel, solution: Solution, weight: float, variables: int, start: float
-) -> PlacementResult:
-    choices = model.choices(solution.states)
-    placed = apply(model.module, model.mesh, choices)
-    cost = price(placed, model.cluster)
-    memory_us = model.memory_term_us(solution.states, weight)
-    time_us, bound_us = solution.cost - memory_us, solution.lower_bound - memory_us
-    report = MeshReport(
-        mesh=model.mesh,
-        time_us=time_us,
-        lower_bound_us=bound_us,
-        gap=0.0 if solution.exact else (time_us - bound_us) / max(time_us, 1e-9),
-        variables=variables,
-        treewidth=solution.treewidth,
-        core_variables=solution.core_variables,
-        search_s=time.perf_counter() - start,
-        us_per_byte=weight,
-        fits=cost.peak_bytes <= MEMORY_SHARE * model.cluster.device.memory_bytes,
-        peak_bytes=cost.peak_bytes,
-    )
-    return PlacementResult(model.mesh, choices, placed, cost, time_us, bound_us, (report,))
+@dataclass
+class _Task:
+    """The search on one mesh, for several prices of memory."""
+
+    module: Module
+    mesh: Mesh
+    cluster: Cluster
+    limit_s: float
+    joint_axes: int
+
+    def __post_init__(self) -> None:
+        self.start = time.perf_counter()
+        self.joint = len(self.mesh.axes) <= self.joint_axes
+        self.model: PlacementModel | None = None
+        if self.joint:
+            self.model = PlacementModel(self.module, self.mesh, self.cluster)
+
+    def attempt(self, us_per_byte: float) -> PlacementResult | None:
+        """The best placement at a price of memory."""
+        if self.model is not None:
+            solution = solve(self.model.weighted(us_per_byte), self.limit_s)
+            if solution is None:
+                return None
+            return self._result(self.model, solution, us_per_byte, None)
+        return self._descend(us_per_byte)
+
+    def _descend(self, us_per_byte: float) -> PlacementResult | None:
+        """Exact searches over two axes at a time, the others kept, until none of them helps."""
+        choices, best, cost = Choices(), None, inf
+        bound_us = 0.0
+        while True:
+            before = cost
+            for free in combinations(range(len(self.mesh.axes)), 2):
+                near = Near(choices, frozenset(free))
+                model = PlacementModel(self.module, self.mesh, self.cluster, near)
+                bound_us = bound_us or model.least_compute_us()
+                solution = solve(model.weighted(us_per_byte), self.limit_s)
+                if solution is None:
+                    return best
+                if solution.cost < cost:
+                    choices, cost = model.choices(solution.states), solution.cost
+                    best = self._result(model, solution, us_per_byte, bound_us)
+            if cost >= before * (1 - 1e-6) or time.perf_counter() - self.start > self.limit_s:
+                return best
+
+    def _result(
+        self,
+        model: PlacementModel,
+        solution: Solution,
+        us_per_byte: float,
+        bound_us: float | None,
+    ) -> PlacementResult:
+        choices = model.choices(solution.states)
+        placed = apply(self.module, self.mesh, choices)
+        cost = price(placed, self.cluster)
+        memory_us = model.memory_term_us(solution.states, us_per_byte)
+        time_us = solution.cost - memory_us
+        if bound_us is None:
+            bound_us = solution.lower_bound - memory_us
+        gap = max(0.0, (time_us - bound_us) / max(time_us, 1e-9))
+        report = MeshReport(
+            mesh=self.mesh,
+            time_us=time_us,
+            lower_bound_us=bound_us,
+            gap=gap if gap > _ROUNDING else 0.0,
+            variables=solution.variables,
+            treewidth=solution.treewidth,
+            core_variables=solution.core_variables,
+            search_s=time.perf_counter() - self.start,
+            us_per_byte=us_per_byte,
+            fits=cost.peak_bytes <= MEMORY_SHARE * self.cluster.device.memory_bytes,
+            peak_bytes=cost.peak_bytes,
+        )
+        return PlacementResult(self.mesh, choices, placed, cost, time_us, bound_us, (report,))
 
 
 @dataclass(frozen=True)
@@ -257,10 +310,7 @@ class Place(Pass):
         for mesh in meshes(cluster):
             if mesh.sizes == wanted:
                 return [mesh]
-        product = 1
-        for size in wanted:
-            product *= size
-        if product != cluster.ranks:
+        if prod(wanted) != cluster.ranks:
             raise CompileError(
                 "W0501", f"the mesh {self.mesh!r} does not have the {cluster.ranks} ranks of "
                 f"{cluster}", hint="write the sizes of its axes, for example 2x2",

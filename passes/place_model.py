@@ -61,11 +61,25 @@ class _Bytes:
     persistent: bool
 
 
-class PlacementModel:
-    """The network of a module on a mesh, and the way back from states to choices."""
+@dataclass(frozen=True)
+class Near:
+    """A neighbourhood: choices whose entries on all axes but the free ones are kept."""
 
-    def __init__(self, module: Module, mesh: Mesh, cluster: Cluster) -> None:
-        self.module, self.mesh, self.cluster = module, mesh, cluster
+    choices: Choices
+    free: frozenset[int]
+
+
+class PlacementModel:
+    """The network of a module on a mesh, and the way back from states to choices.
+
+    Args:
+        near: only what agrees with these choices on their fixed axes; everything when absent.
+    """
+
+    def __init__(
+        self, module: Module, mesh: Mesh, cluster: Cluster, near: Near | None = None
+    ) -> None:
+        self.module, self.mesh, self.cluster, self.near = module, mesh, cluster, near
         self.cost = collective_cost(cluster, mesh)
         self.network = Network()
         self.memory: list[_Bytes] = []
@@ -120,9 +134,20 @@ class PlacementModel:
             )
         return Choices(table)
 
-    def _placement_variable(self, type: TensorType, partial: bool) -> End:
+    def _placement_variable(
+        self, type: TensorType, partial: bool, table: str, function: str, index: int
+    ) -> End:
         combines = ("sum",) if partial and type.dtype in FLOATS else ()
         options = legal_placements(type, self.mesh, combines)
+        if self.near is not None:
+            chosen = self.near.choices.functions.get(function, FunctionChoices())
+            row: tuple[Placements, ...] = getattr(chosen, table)
+            kept = row[index] if index < len(row) else self.whole
+            free = self.near.free
+            options = tuple(
+                p for p in options if all(a == b or k in free for k, (a, b) in
+                                          enumerate(zip(p, kept, strict=True)))
+            )  # fmt: skip
         return self.network.add_variable([0.0] * len(options)), options
 
     def _interface(self, function: Function, classes: Classes) -> None:
@@ -130,11 +155,14 @@ class PlacementModel:
         by_class: dict[int, End] = {}
         counts = Counter(classes.params)
         params = []
-        for value, attrs, number in zip(
-            function.params, function.param_attrs, classes.params, strict=True
+        for index, (value, attrs, number) in enumerate(
+            zip(function.params, function.param_attrs, classes.params, strict=True)
         ):
             if number not in by_class:
-                end = by_class[number] = self._placement_variable(value.type, not entry)
+                end = self._placement_variable(
+                    value.type, not entry, "params", function.name, index
+                )
+                by_class[number] = end
                 if entry and attrs.get("role") in PERSISTENT:
                     self._remember(end, value.type, counts[number], persistent=True)
             params.append(by_class[number])
@@ -146,9 +174,11 @@ class PlacementModel:
             if a.get("role") == "param" and "name" in a
         }
         results = []
-        for value, attrs in zip(function.results, function.result_attrs, strict=True):
+        for index, (value, attrs) in enumerate(
+            zip(function.results, function.result_attrs, strict=True)
+        ):
             if not entry:
-                end = self._placement_variable(value.type, True)
+                end = self._placement_variable(value.type, True, "results", function.name, index)
                 self._remember(end, value.type, self.executions[function.name], persistent=False)
             elif "updates" in attrs:
                 end = by_name[str(attrs["updates"])]
@@ -169,12 +199,13 @@ class PlacementModel:
         counts = Counter(classes.ops)
         by_class: dict[int, tuple[int, tuple[State, ...]]] = {}
         ops = self.ops[function.name] = []
-        for op, number in zip(function.ops, classes.ops, strict=True):
+        for index, (op, number) in enumerate(zip(function.ops, classes.ops, strict=True)):
             if op.name == "call":
                 ops.append((-1, ()))
                 continue
             if number not in by_class:
-                options = states_of(op, self.mesh, self.cluster)
+                fixed = self._fixed(function.name, index)
+                options = states_of(op, self.mesh, self.cluster, fixed)
                 times = [s.time_us * runs * counts[number] for s in options]
                 by_class[number] = (self.network.add_variable(times), options)
             ops.append(by_class[number])
@@ -187,6 +218,25 @@ class PlacementModel:
         for (type, end, needs), copies in groups.items():
             ordered = sorted(needs, key=lambda need: (need[0], str(need[1])))
             self._edges(type, end, ordered, float(copies * runs))
+
+    def _fixed(self, function: str, index: int) -> tuple[str | None, ...]:
+        """The states that an op keeps, None on the free axes."""
+        axes = range(len(self.mesh.axes))
+        if self.near is None:
+            return (None,) * len(axes)
+        splits = self.near.choices.functions.get(function, FunctionChoices()).splits
+        kept = splits[index] if index < len(splits) and splits[index] else ("",) * len(axes)
+        return tuple(None if k in self.near.free else kept[k] for k in axes)
+
+    def least_compute_us(self) -> float:
+        """Sum of the least times of all ops: a bound on any placement on this mesh."""
+        total = 0.0
+        for function, op in self.module.walk():
+            runs = self.executions[function.name]
+            if op.name != "call" and runs:
+                options = states_of(op, self.mesh, self.cluster)
+                total += runs * min(state.time_us for state in options)
+        return total
 
     def _producers(self, function: Function) -> list[tuple[Value, End]]:
         out = list(zip(function.params, self.params[function.name], strict=True))

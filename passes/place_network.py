@@ -31,7 +31,7 @@ FORBIDDEN = 1e12
 _SMALL_TABLE = 4096
 _GROWTH = 1.0
 #: states tried as replacement of the others in one sweep of dead-end elimination
-_WITNESSES = 48
+WITNESSES = 32
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,8 @@ class Network:
             self.add_cost(j, k, best)
 
 
-def reduce(network: Network) -> None:
-    """Apply all reductions in place until none applies."""
+def reduce(network: Network, witnesses: int = WITNESSES) -> None:
+    """Apply all reductions in place until none applies; without witnesses, only the cheap ones."""
     pending = dict.fromkeys(network.unary)
     while pending:
         variable = next(iter(pending))
@@ -162,7 +162,8 @@ def reduce(network: Network) -> None:
         if variable not in network.unary:
             continue
         others = list(network.near[variable])
-        if _drop_infeasible(network, variable) | _drop_dominated(network, variable):
+        changed = _drop_infeasible(network, variable)
+        if changed | _drop_dominated(network, variable, witnesses):
             pending.update(dict.fromkeys(others))
         if not len(network.states[variable]):
             network.constant = FORBIDDEN
@@ -203,7 +204,7 @@ def _drop_infeasible(network: Network, variable: int) -> bool:
     return False
 
 
-def _drop_dominated(network: Network, variable: int) -> bool:
+def _drop_dominated(network: Network, variable: int, witnesses: int) -> bool:
     unary, tables = network.unary[variable], list(network.near[variable].values())
     count = len(unary)
     if count < 2:
@@ -211,7 +212,7 @@ def _drop_dominated(network: Network, variable: int) -> bool:
     promise = unary + sum(table.min(axis=1) for table in tables)
     worst = unary + sum(table.max(axis=1) for table in tables)
     alive = promise <= worst.min()  # the cheap test first: its worst case beats their best
-    for witness in np.argsort(worst, kind="stable")[:_WITNESSES]:
+    for witness in np.argsort(worst, kind="stable")[:witnesses]:
         if not alive[witness]:
             continue
         rows = np.flatnonzero(alive)

@@ -1,6 +1,6 @@
 """Exact minimum of a cost network: reductions, bounds, elimination, and branching where needed.
 
-    1. reduce (`place_network`)
+    1. reduce (`place_network`), cheaply before the first bounds are known
     2. tighten: lower bound and a first assignment (`place_bound`), exclude states by reduced cost
     3. improve the assignment: exact elimination with only the best few states of each variable
     4. eliminate on a tree decomposition if its tables fit (`place_eliminate`): done
@@ -21,7 +21,7 @@ import numpy as np
 
 from .place_bound import exclude, lower_bound, tighten
 from .place_eliminate import order_of, solve_by_elimination
-from .place_network import FORBIDDEN, Network, reduce
+from .place_network import FORBIDDEN, WITNESSES, Network, reduce
 
 #: largest table of an elimination in entries: 1e7 doubles and as many choices take 120 MB
 TABLE_LOG10 = 7.0
@@ -38,6 +38,7 @@ class Solution:
         states: state number of each variable.
         cost: its cost.
         lower_bound: no assignment costs less.
+        variables: size of the network.
         treewidth: width of the best elimination order of the network as given.
         core_variables: variables left after the first reductions.
         core_treewidth: width of the order used for them.
@@ -48,6 +49,7 @@ class Solution:
     states: dict[int, int]
     cost: float
     lower_bound: float
+    variables: int
     treewidth: int
     core_variables: int
     core_treewidth: int
@@ -71,7 +73,7 @@ def solve(network: Network, limit_s: float = 30.0) -> Solution | None:
     search.bound = min(search.bound, search.upper)
     cost = network.cost(search.best)
     return Solution(
-        search.best, cost, min(search.bound, cost), width, search.core_variables,
+        search.best, cost, min(search.bound, cost), len(network.unary), width, search.core_variables,
         search.core_width, search.nodes, time.perf_counter() - start,
     )  # fmt: skip
 
@@ -104,7 +106,7 @@ class _Search:
     def visit(self, network: Network) -> None:
         """Search one part. Changes the network."""
         self.nodes += 1
-        reduce(network)
+        reduce(network, WITNESSES if self.nodes > 1 else 0)
         if self.nodes == 1:
             self.core_variables = len(network.unary)
         if not network.feasible():

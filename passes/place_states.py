@@ -24,15 +24,18 @@ class State:
     time_us: float
 
 
-def states_of(op: Op, mesh: Mesh, cluster: Cluster) -> tuple[State, ...]:
-    """All legal states of an op, the unsplit one first.
+def states_of(
+    op: Op, mesh: Mesh, cluster: Cluster, fixed: tuple[str | None, ...] = ()
+) -> tuple[State, ...]:
+    """All legal states of an op.
 
-    Of states with the same placements only the fastest is kept. Raises SignatureError.
+    Of states with the same placements only the fastest is kept. `fixed` gives the state of an axis
+    that has none to choose, None for the others. Raises SignatureError.
     """
     attrs = tuple(sorted(full_attrs(op.name, op.attrs).items()))
     ins = tuple(v.type for v in op.operands)
     outs = tuple(v.type for v in op.results)
-    return _states(op.name, attrs, ins, outs, mesh, cluster)
+    return _states(op.name, attrs, ins, outs, mesh, cluster, fixed or (None,) * len(mesh.axes))
 
 
 @lru_cache(maxsize=16384)
@@ -43,6 +46,7 @@ def _states(
     outs: tuple[TensorType, ...],
     mesh: Mesh,
     cluster: Cluster,
+    fixed: tuple[str | None, ...],
 ) -> tuple[State, ...]:
     op = Op(
         name,
@@ -56,8 +60,9 @@ def _states(
         return (State(nothing, (whole,) * len(ins), (whole,) * len(outs), time_us),)
     signature = signature_of(op)
     choices = []
-    for size in mesh.sizes:
-        choices.append(["", *(s for s in signature.states if not signature.illegal(s, size))])
+    for size, only in zip(mesh.sizes, fixed, strict=True):
+        legal = ["", *(s for s in signature.states if not signature.illegal(s, size))]
+        choices.append(legal if only is None else [only])
     found: dict[object, State] = {}
     for states in product(*choices):
         if signature.check(states, mesh.sizes):
