@@ -31,7 +31,9 @@ def random_schedule(seed: int, mesh: Mesh, ops: int = 6) -> Case:
     program = random_program(seed, ops)
     placed = apply(program.module, mesh, random_choices(program.module, mesh, Random(seed)))
     spmd = Lower().run(placed)
-    return Case(program.module, program.inputs, Schedule().run(Fuse().run(spmd) if seed % 2 else spmd))
+    return Case(
+        program.module, program.inputs, Schedule().run(Fuse().run(spmd) if seed % 2 else spmd)
+    )
 
 
 #: a linear layer trained with AdamW; dp splits the batch, tp the features, the states are sharded
