@@ -1,7 +1,7 @@
 """What each pointwise op and optimizer update is, in terms of the nodes that kernels can compute.
 
-Functions that no core Triton op has (tanh, expm1, log1p, round) are written so that they hold to
-1e-6 of the result also near zero, without a device library: the same source then runs on any
+Functions that no core Triton op has (tanh, expm1, log1p, round) are written so that they hold to a
+few units of rounding also near zero, without a device library: the same source then runs on any
 backend and in the interpreter.
 """
 
@@ -40,19 +40,27 @@ def sigmoid(g: Graph, x: Node) -> Node:
 
 
 def tanh(g: Graph, x: Node) -> Node:
-    """Taylor series up to x^9 where |x| < 1/4 (error below 1e-7 of x), else from exp(-2|x|)."""
+    """Taylor series up to x^9 near zero, else from exp(-2|x|).
+
+    The rest of the series is 0.009 x^10 of x: 9e-9 at 1/4 for f32, 1e-19 at 0.02 for f64.
+    """
     square = x * x
     series = x * _polynomial(square, (62 / 2835, -17 / 315, 2 / 15, -1 / 3, 1.0))
     small = _exp(g, _abs(g, x) * -2.0)
     far = (1.0 - small) / (small + 1.0)
     far = g.where(x < 0.0, -far, far)
-    return g.where(_abs(g, x) < 0.25, series, far)
+    near = 0.02 if x.dtype == "f64" else 0.25
+    return g.where(_abs(g, x) < near, series, far)
 
 
 def expm1(g: Graph, x: Node) -> Node:
-    """Taylor series up to x^8 where |x| < 0.4 (error below 1e-8 of x), else exp(x) - 1."""
+    """Taylor series up to x^8 near zero, else exp(x) - 1.
+
+    The rest of the series is x^8 / 362880 of x: 2e-9 at 0.4 for f32, 1e-19 at 0.02 for f64.
+    """
     powers = (1 / 40320, 1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0)
-    return g.where(_abs(g, x) < 0.4, x * _polynomial(x, powers), _exp(g, x) - 1.0)
+    near = 0.02 if x.dtype == "f64" else 0.4
+    return g.where(_abs(g, x) < near, x * _polynomial(x, powers), _exp(g, x) - 1.0)
 
 
 def log1p(g: Graph, x: Node) -> Node:

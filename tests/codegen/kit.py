@@ -26,7 +26,7 @@ TORCH = {
 #: rounding of one result to its dtype, relative: half a unit in the last place
 ROUNDING = {"f32": 2.0**-24, "bf16": 2.0**-8, "f16": 2.0**-11, "f64": 2.0**-53, "f8e4m3": 2.0**-4}
 #: allowed error of the arithmetic itself, relative to the largest result: f32 sums of a row
-ARITHMETIC = {"f64": 1e-12}
+ARITHMETIC = {"f64": 1e-10}
 DEFAULT_ARITHMETIC = 1e-5
 
 
