@@ -18,7 +18,7 @@ def _not_alone(c: Any, *xs: Any) -> Any:
 
 _SPMD = ("spmd", "schedule")
 _AXIS = {"axis": AttrSpec("str", doc="a mesh axis")}
-_TAG = {"tag": AttrSpec("int", 0)}
+_TAG = {"tag": AttrSpec("int", 0, doc="tells transfers between the same stages apart")}
 _ASYNC = {"async": AttrSpec("bool", False, "schedule level: started here, done at its `wait`")}
 _COMBINE = {"combine": AttrSpec("str", "sum", "sum, max or min")}
 
@@ -29,19 +29,21 @@ def _collective(name: str, doc: str, **attrs: AttrSpec) -> None:
 
 
 _collective("all_reduce", "P(combine) -> B on `axis`", **_AXIS, **_COMBINE)
-_collective("all_gather", "S(dim) -> B on `axis`", **_AXIS, dim=AttrSpec("int"))
+_collective("all_gather", "S(dim) -> B on `axis`", **_AXIS,
+            dim=AttrSpec("int", doc="a tensor dim, >= 0"))  # fmt: skip
 _collective("reduce_scatter", "P(combine) -> S(dim) on `axis`", **_AXIS, **_COMBINE,
-            dim=AttrSpec("int"))  # fmt: skip
-_collective("all_to_all", "S(source) -> S(target) on `axis`", **_AXIS, source=AttrSpec("int"),
-            target=AttrSpec("int"))  # fmt: skip
+            dim=AttrSpec("int", doc="a tensor dim, >= 0"))  # fmt: skip
+_collective("all_to_all", "S(source) -> S(target) on `axis`", **_AXIS,
+            source=AttrSpec("int", doc="the dim that is split"),
+            target=AttrSpec("int", doc="the dim that becomes split"))  # fmt: skip
 _collective("broadcast", "the value of coordinate `root` of `axis` on all of its ranks", **_AXIS,
-            root=AttrSpec("int", 0))  # fmt: skip
+            root=AttrSpec("int", 0, doc="a coordinate of `axis`"))  # fmt: skip
 _collective("permute_ranks", "coordinate i of `axis` receives from i - shift (a ring)", **_AXIS,
-            shift=AttrSpec("int", 1))  # fmt: skip
+            shift=AttrSpec("int", 1, doc="how far along the ring"))  # fmt: skip
 
 define(name="shard", family="control", flops_per_point=0, levels=_SPMD, signature=None,
        doc="B -> S(dim) on `axis`: keep this rank's part; no communication",
-       attrs={**_AXIS, "dim": AttrSpec("int")}, ref=_not_alone)  # fmt: skip
+       attrs={**_AXIS, "dim": AttrSpec("int", doc="a tensor dim, >= 0")}, ref=_not_alone)  # fmt: skip
 define(name="partial", family="control", flops_per_point=0, levels=_SPMD, signature=None,
        doc="B -> P(sum) on `axis`: coordinate 0 keeps the value, the others hold zeros; or "
            "S(dim) -> P(sum): each pads its part with zeros",
@@ -53,10 +55,10 @@ define(name="reshard", family="control", flops_per_point=0, levels=("placed",), 
        ref=_not_alone)  # fmt: skip
 define(name="send", family="collective", flops_per_point=0, levels=_SPMD, signature=None,
        doc="send a value to the rank at the same mesh coordinate of stage `to`",
-       attrs={"to": AttrSpec("int"), **_TAG, **_ASYNC}, ref=_not_alone)  # fmt: skip
+       attrs={"to": AttrSpec("int", doc="a stage"), **_TAG, **_ASYNC}, ref=_not_alone)  # fmt: skip
 define(name="recv", family="collective", flops_per_point=0, levels=_SPMD, signature=None,
        doc="receive a value from the rank at the same mesh coordinate of stage `source`",
-       attrs={"source": AttrSpec("int"), **_TAG, **_ASYNC}, ref=_not_alone)  # fmt: skip
+       attrs={"source": AttrSpec("int", doc="a stage"), **_TAG, **_ASYNC}, ref=_not_alone)  # fmt: skip
 define(name="wait", family="control", flops_per_point=0, levels=("schedule",), signature=None,
        doc="the result of an asynchronous action, once it is done", ref=_not_alone)  # fmt: skip
 define(name="free", family="control", flops_per_point=0, levels=("schedule",), signature=None,
@@ -65,7 +67,7 @@ define(name="free", family="control", flops_per_point=0, levels=("schedule",), s
 define(name="call", family="control", flops_per_point=0, signature=None,
        doc="call a function; repeated blocks are one function that is called many times. Schedule "
            "level: kernel functions only",
-       attrs={"callee": AttrSpec("str")}, ref=_not_alone)  # fmt: skip
+       attrs={"callee": AttrSpec("str", doc="a function of the module")}, ref=_not_alone)  # fmt: skip
 
 
 def _aten(c: Any, *xs: Any) -> Any:
@@ -76,4 +78,5 @@ def _aten(c: Any, *xs: Any) -> Any:
 define(name="aten", family="opaque", signature=None, ref=_aten,
        doc="a call of an ATen operator that weft does not know, on whole operands: slower, never "
            "wrong. `args` is its arguments as JSON, `%i` standing for operand i",
-       attrs={"target": AttrSpec("str"), "args": AttrSpec("str", "[]")})  # fmt: skip
+       attrs={"target": AttrSpec("str", doc="an ATen operator, e.g. `aten.fft_rfft.default`"),
+              "args": AttrSpec("str", "[]", doc="JSON")})  # fmt: skip

@@ -71,8 +71,10 @@ define(
 )  # fmt: skip
 
 _CONV = {
-    "stride": AttrSpec("ints"), "padding": AttrSpec("ints"), "dilation": AttrSpec("ints"),
-    "groups": AttrSpec("int", 1),
+    "stride": AttrSpec("ints", doc="for each spatial dim"),
+    "padding": AttrSpec("ints", doc="for each spatial dim, on both sides"),
+    "dilation": AttrSpec("ints", doc="for each spatial dim"),
+    "groups": AttrSpec("int", 1, doc="groups of channels"),
 }  # fmt: skip
 
 

@@ -26,7 +26,8 @@ def _scalar_types(ins: Sequence[TensorType], attrs: Mapping[str, Attr]) -> Seque
 
 
 define(name="constant", family="creation", flops_per_point=0,
-       doc="a tensor filled with `value`", signature=_created, attrs={"value": AttrSpec("any")},
+       doc="a tensor filled with `value`", signature=_created,
+       attrs={"value": AttrSpec("any", doc="of every element")},
        ref=lambda c: c.torch.full(
            c.shape(), c.attrs["value"], dtype=c.dtype(), device=c.device))  # fmt: skip
 
@@ -44,7 +45,7 @@ def _literal(c: Any) -> Any:
 
 define(name="literal", family="creation", flops_per_point=0, verify=_literal_verify,
        doc="a small tensor written out in row-major order", signature=_created,
-       attrs={"values": AttrSpec("any")}, ref=_literal)  # fmt: skip
+       attrs={"values": AttrSpec("any", doc="in row-major order")}, ref=_literal)  # fmt: skip
 
 
 def _iota(c: Any) -> Any:
@@ -65,8 +66,9 @@ def _iota_verify(op: Op) -> str:
 
 define(name="iota", family="creation", verify=_iota_verify, flops_per_point=1,
        doc="start + step * (position along `dim`)", signature=_created, ref=_iota,
-       attrs={"dim": AttrSpec("int", 0), "start": AttrSpec("any", 0),
-              "step": AttrSpec("any", 1)})  # fmt: skip
+       attrs={"dim": AttrSpec("int", 0, doc="a tensor dim, >= 0"),
+              "start": AttrSpec("any", 0, doc="the first"),
+              "step": AttrSpec("any", 1, doc="the distance")})  # fmt: skip
 
 _M0, _M1, _W0, _W1 = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
@@ -133,7 +135,8 @@ define(name="uniform", family="random", flops_per_point=60, signature=_created, 
 define(name="normal", family="random", flops_per_point=90, signature=_created, ref=_normal,
        doc="standard normal numbers from a seed and the logical position (Box-Muller)")  # fmt: skip
 define(name="dropout", family="random", flops_per_point=62, signature="a..., _ -> a...",
-       linear=((0,),), attrs={"p": AttrSpec("float")}, types=_scalar_types, dtypes="fi", ref=_dropout,
+       linear=((0,),), attrs={"p": AttrSpec("float", doc="probability of a 0")},
+       types=_scalar_types, dtypes="fi", ref=_dropout,
        doc="x / (1 - p) where a uniform number is >= p, else 0; the same call on dy is its "
            "gradient")  # fmt: skip
 
@@ -144,5 +147,5 @@ def _fold_seed(c: Any, seed: Any) -> Any:
 
 
 define(name="fold_seed", family="random", flops_per_point=60, signature="_ -> _",
-       attrs={"by": AttrSpec("int")}, types=_scalar_types, ref=_fold_seed,
+       attrs={"by": AttrSpec("int", doc="the number to fold in")}, types=_scalar_types, ref=_fold_seed,
        doc="an independent seed from a seed and a number, one for each random op or call")  # fmt: skip

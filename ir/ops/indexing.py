@@ -46,13 +46,14 @@ define(name="embedding", family="indexing", dtypes="iT", flops_per_point=0,
        doc="rows of a table: (ids, table) -> rows; a row held by another rank gives 0. Row "
            "`padding_idx` (or -1) gets no gradient",
        signature="a..., v d -> a... d ; v=sum", linear=((1,),),
-       attrs={"padding_idx": AttrSpec("int", -1)},
+       attrs={"padding_idx": AttrSpec("int", -1, doc="a row without gradient, or -1")},
        types=lambda ins, attrs: [TensorType(ins[1].dtype, (*ins[0].shape, ins[1].shape[1]))],
        ref=_embedding)  # fmt: skip
 define(name="embedding_backward", family="indexing", dtypes="Ti", flops=_first,
        doc="gradient of embedding for its table: (dy, ids) -> dtable; `padding_idx` (or -1) gets 0",
        signature="a... d, a... -> v d ; a=sum", linear=((0,),),
-       attrs={"padding_idx": AttrSpec("int", -1)}, ref=_embedding_backward)  # fmt: skip
+       attrs={"padding_idx": AttrSpec("int", -1, doc="a row without gradient, or -1")},
+       ref=_embedding_backward)  # fmt: skip
 
 
 def _along(line: str, linear: tuple[tuple[int, ...], ...]):  # type: ignore[no-untyped-def]
@@ -69,7 +70,7 @@ def _along(line: str, linear: tuple[tuple[int, ...], ...]):  # type: ignore[no-u
     return signature
 
 
-_DIM = {"dim": AttrSpec("int")}
+_DIM = {"dim": AttrSpec("int", doc="a tensor dim, >= 0")}
 define(name="gather", family="indexing", dtypes="Ti", flops_per_point=0,
        doc="y[i, j] = x[i, index[i, j]] for dim 1, and alike for others: (x, index) -> y",
        signature=_along("PRE n! POST, PRE m! POST -> PRE m! POST", ((0,),)), linear=((0,),), attrs=_DIM,

@@ -38,7 +38,8 @@ def _permute(ins: Sequence[Shape], outs: Sequence[Shape], attrs: Attrs) -> Signa
 
 
 define(name="permute", family="movement", doc="reorder the dims: result dim i is operand dim dims[i]",
-       signature=_permute, linear=((0,),), flops_per_point=0, attrs={"dims": AttrSpec("ints")},
+       signature=_permute, linear=((0,),), flops_per_point=0,
+       attrs={"dims": AttrSpec("ints", doc="the order of the dims")},
        types=lambda ins, attrs: [
            TensorType(ins[0].dtype, tuple(ins[0].shape[d] for d in attrs["dims"]))],
        ref=lambda c, x: x.permute(c.attrs["dims"]))  # fmt: skip
@@ -121,8 +122,10 @@ def _slice(c: Any, x: Any) -> Any:
 
 define(name="slice", family="movement", doc="elements start, start + step, ... < stop of a dim",
        signature=resized(), linear=((0,),), flops_per_point=0, ref=_slice, types=_slice_types,
-       attrs={"dim": AttrSpec("int"), "start": AttrSpec("int", 0), "stop": AttrSpec("int"),
-              "step": AttrSpec("int", 1)})  # fmt: skip
+       attrs={"dim": AttrSpec("int", doc="a tensor dim, >= 0"),
+              "start": AttrSpec("int", 0, doc="the first"),
+              "stop": AttrSpec("int", doc="end, exclusive"),
+              "step": AttrSpec("int", 1, doc="the distance")})  # fmt: skip
 
 
 def _pad(c: Any, x: Any) -> Any:
@@ -140,8 +143,9 @@ define(name="pad", family="movement",
        signature=_pad_signature, linear=((0,),), flops_per_point=0, ref=_pad,
        types=lambda ins, attrs: [TensorType(ins[0].dtype, tuple(
            s + lo + hi for s, lo, hi in zip(ins[0].shape, attrs["low"], attrs["high"])))],
-       attrs={"low": AttrSpec("ints"), "high": AttrSpec("ints"),
-              "value": AttrSpec("float", 0.0)})  # fmt: skip
+       attrs={"low": AttrSpec("ints", doc="elements before each dim"),
+              "high": AttrSpec("ints", doc="elements behind each dim"),
+              "value": AttrSpec("float", 0.0, doc="of the new elements")})  # fmt: skip
 
 
 def _concat_types(ins: Sequence[TensorType], attrs: Attrs) -> Sequence[TensorType]:
@@ -152,8 +156,10 @@ def _concat_types(ins: Sequence[TensorType], attrs: Attrs) -> Sequence[TensorTyp
 
 
 define(name="concat", family="movement", doc="join tensors along a dim",
-       signature=resized(((-1,),)), flops_per_point=0, attrs={"dim": AttrSpec("int")},
+       signature=resized(((-1,),)), flops_per_point=0,
+       attrs={"dim": AttrSpec("int", doc="a tensor dim, >= 0")},
        types=_concat_types, ref=lambda c, *xs: c.torch.cat(xs, c.attrs["dim"]))  # fmt: skip
 define(name="flip", family="movement", doc="reverse a dim, which must be whole",
-       signature=resized(), linear=((0,),), flops_per_point=0, attrs={"dim": AttrSpec("int")},
+       signature=resized(), linear=((0,),), flops_per_point=0,
+       attrs={"dim": AttrSpec("int", doc="a tensor dim, >= 0")},
        types=lambda ins, attrs: [ins[0]], ref=lambda c, x: x.flip(c.attrs["dim"]))  # fmt: skip

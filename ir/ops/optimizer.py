@@ -9,9 +9,11 @@ from ..opdef import AttrSpec, define
 _INPLACE = AttrSpec("bool", False, "schedule level: the results may overwrite param and state")
 _ADAM = {
     "inplace": _INPLACE,
-    "beta1": AttrSpec("float", 0.9), "beta2": AttrSpec("float", 0.999),
-    "eps": AttrSpec("float", 1e-8), "weight_decay": AttrSpec("float", 0.0),
-    "maximize": AttrSpec("bool", False),
+    "beta1": AttrSpec("float", 0.9, doc="decay of the mean"),
+    "beta2": AttrSpec("float", 0.999, doc="decay of the mean square"),
+    "eps": AttrSpec("float", 1e-8, doc="added to avoid a division by 0"),
+    "weight_decay": AttrSpec("float", 0.0, doc="share of the parameter"),
+    "maximize": AttrSpec("bool", False, doc="ascend instead"),
 }  # fmt: skip
 
 #: for each result, the operand whose storage it takes under `inplace = true`
@@ -80,14 +82,16 @@ def _sgd(c: Any, p: Any, g: Any, *rest: Any) -> Any:
 
 _SGD = {
     "inplace": _INPLACE,
-    "weight_decay": AttrSpec("float", 0.0), "maximize": AttrSpec("bool", False),
+    "weight_decay": AttrSpec("float", 0.0, doc="share of the parameter"),
+    "maximize": AttrSpec("bool", False, doc="ascend instead"),
 }  # fmt: skip
 define(name="sgd_update", family="optimizer", flops_per_point=4, attrs=_SGD,
        signature="a..., a..., _, _ -> a...", types=lambda ins, attrs: [ins[0]], ref=_sgd,
        doc="plain gradient descent: (param, grad, step, lr) -> param")  # fmt: skip
 define(name="momentum_update", family="optimizer", flops_per_point=7,
-       attrs={**_SGD, "momentum": AttrSpec("float"), "dampening": AttrSpec("float", 0.0),
-              "nesterov": AttrSpec("bool", False)},
+       attrs={**_SGD, "momentum": AttrSpec("float", doc="decay of the buffer"),
+              "dampening": AttrSpec("float", 0.0, doc="share of the gradient that is left out"),
+              "nesterov": AttrSpec("bool", False, doc="look ahead")},
        signature="a..., a..., a..., _, _ -> a..., a...",
        types=lambda ins, attrs: [ins[0], ins[2]], ref=_sgd,
        doc="SGD with momentum: (param, grad, buffer, step, lr) -> param, buffer; the buffer starts "

@@ -63,7 +63,7 @@ unary("silu", "x * sigmoid(x)", lambda c, x: c.torch.nn.functional.silu(x), flop
 unary("softplus", "log(1 + exp(x))", lambda c, x: c.torch.nn.functional.softplus(x), flops=9, dtypes="F")
 unary("gelu", "x * Phi(x); `approximate` is none or tanh",
       lambda c, x: c.torch.nn.functional.gelu(x, approximate=c.attrs["approximate"]),
-      flops=12, dtypes="F", attrs={"approximate": AttrSpec("str", "none")})  # fmt: skip
+      flops=12, dtypes="F", attrs={"approximate": AttrSpec("str", "none", doc="none or tanh")})  # fmt: skip
 unary("floor", "round down", lambda c, x: x.floor())
 unary("ceil", "round up", lambda c, x: x.ceil())
 unary("round", "round half to even", lambda c, x: x.round())
@@ -100,7 +100,8 @@ define(name="where", family="pointwise", doc="x where the condition holds, else 
 # Gradients of the ops above that would otherwise take several passes over memory.
 binary("gelu_backward", "gradient of gelu: (dy, x) -> dx",
        lambda c, dy, x: c.torch.ops.aten.gelu_backward(dy, x, approximate=c.attrs["approximate"]),
-       linear=((0,),), flops_per_point=16, attrs={"approximate": AttrSpec("str", "none")})  # fmt: skip
+       linear=((0,),), flops_per_point=16,
+       attrs={"approximate": AttrSpec("str", "none", doc="none or tanh")})  # fmt: skip
 binary("silu_backward", "gradient of silu: (dy, x) -> dx",
        lambda c, dy, x: c.torch.ops.aten.silu_backward(dy, x), linear=((0,),),
        flops_per_point=12)  # fmt: skip

@@ -69,7 +69,10 @@ def _extreme(name: str) -> Callable[..., Any]:
     return ref
 
 
-_DIMS = {"dims": AttrSpec("ints", doc="tensor dims"), "keepdim": AttrSpec("bool", False)}
+_DIMS = {
+    "dims": AttrSpec("ints", doc="tensor dims"),
+    "keepdim": AttrSpec("bool", False, doc="keep reduced dims, of size 1"),
+}
 define(name="reduce_sum", family="reduction", doc="sum over dims", signature=_reduce("sum", ((0,),)),
        linear=((0,),), attrs=_DIMS, types=_types(), ref=_sum)  # fmt: skip
 define(name="reduce_max", family="reduction", doc="maximum over dims", signature=_reduce("max"),
@@ -126,7 +129,7 @@ define(name="cumsum", family="reduction", doc="running sum along a dim, which mu
        signature=along(((0,),)), linear=((0,),), attrs=_DIM, types=lambda ins, attrs: [ins[0]],
        ref=lambda c, x: x.cumsum(c.attrs["dim"], dtype=c.dtype()))  # fmt: skip
 define(name="sort", family="reduction", doc="sorted values along a dim, and their old indices",
-       signature=along(), attrs={**_DIM, "descending": AttrSpec("bool", False)},
+       signature=along(), attrs={**_DIM, "descending": AttrSpec("bool", False, doc="largest first")},
        types=lambda ins, attrs: [ins[0], TensorType("i64", ins[0].shape)],
        ref=lambda c, x: tuple(
            x.sort(dim=c.attrs["dim"], descending=c.attrs["descending"], stable=True)))  # fmt: skip
@@ -142,5 +145,5 @@ def _topk_types(ins: Sequence[TensorType], attrs: Mapping[str, Attr]) -> list[Te
 
 
 define(name="topk", family="reduction", doc="the k largest values along a dim, and their indices",
-       signature=along(), attrs={**_DIM, "k": AttrSpec("int")}, types=_topk_types,
+       signature=along(), attrs={**_DIM, "k": AttrSpec("int", doc="how many")}, types=_topk_types,
        ref=lambda c, x: tuple(x.topk(c.attrs["k"], dim=c.attrs["dim"])))  # fmt: skip

@@ -61,7 +61,7 @@ def _layer_norm_backward(c: Any, dy: Any, x: Any, weight: Any, mean: Any, rstd: 
     return dx.to(x.dtype), dw.to(weight.dtype), db.to(weight.dtype)
 
 
-_EPS = {"eps": AttrSpec("float", 1e-5)}
+_EPS = {"eps": AttrSpec("float", 1e-5, doc="added to avoid a division by 0")}
 define(name="layer_norm", family="row", dtypes="f", flops_per_point=8, attrs=_EPS,
        doc="(x - mean) * rstd * weight + bias over the last dim; also mean and rstd of each row",
        signature="a... n!, n!, n! -> a... n!, a... one!, a... one!",
@@ -128,7 +128,7 @@ def _cross_entropy_types(ins: Sequence[TensorType], attrs: Mapping[str, Attr]) -
     return [TensorType(dtype, rows), TensorType("f64" if dtype == "f64" else "f32", rows)]
 
 
-_IGNORE = {"ignore_index": AttrSpec("int", -100)}
+_IGNORE = {"ignore_index": AttrSpec("int", -100, doc="label of rows to leave out")}
 define(name="cross_entropy", family="row", dtypes="fi", flops_per_point=12, attrs=_IGNORE,
        doc="-log softmax(logits)[label] of each row, 0 where the label is ignored; also the "
            "log-sum-exp of each row in at least f32. A part of n gives the term -logit[label] if "

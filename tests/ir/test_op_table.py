@@ -23,7 +23,7 @@ def test_an_entry_is_complete(name: str) -> None:
         names = {n for t in (*template.operands, *template.results) for i in t for n in i.names}
         assert {dim for dim, _ in template.combine} <= names
     for spec in entry.attrs.values():
-        assert spec.kind in ("int", "float", "bool", "str", "ints", "any")
+        assert spec.doc and spec.kind in ("int", "float", "bool", "str", "ints", "any")
         assert spec.default is None or attr_fits(spec.kind, spec.default)
 
 

@@ -5,8 +5,8 @@ from math import prod
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from tests.ir.strategies import SIZES, programs
+
 from weft.ir.module import Module
 from weft.ir.opdef import OPS, flops_of, full_attrs, signature_of
 from weft.ir.signature import (
