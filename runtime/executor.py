@@ -103,13 +103,14 @@ class Executor:
         """
         if len(self.wrapper.sections) != 1:
             raise RunError("W0804", "this plan has two halves", hint="call begin() and finish()")
-        return self._run(self.wrapper.sections[0], inputs, [], trace)
+        results, _ = self._run(self.wrapper.sections[0], inputs, [], trace, self.fed)
+        return results
 
     def begin(self, inputs: Sequence[Tensor], *, trace: Trace | None = None) -> list[Tensor]:
         """The first half of a step with tangents, up to the outputs. As `run`."""
         fed = [v for v in self.fed if self.wrapper.roles[v.name] != "tangent"]
-        first = self.wrapper.sections[0]
-        return self._run(first, inputs, [], trace, fed)
+        results, self._handed = self._run(self.wrapper.sections[0], inputs, [], trace, fed)
+        return results
 
     def finish(self, tangents: Sequence[Tensor], *, trace: Trace | None = None) -> list[Tensor]:
         """The second half: gradients of the outputs in, gradients out. As `run`.
@@ -120,7 +121,8 @@ class Executor:
             raise RunError("W0804", "finish() without begin()")
         fed = [v for v in self.fed if self.wrapper.roles[v.name] == "tangent"]
         handed, self._handed = self._handed, None
-        return self._run(self.wrapper.sections[1], tangents, handed, trace, fed)
+        results, _ = self._run(self.wrapper.sections[1], tangents, handed, trace, fed)
+        return results
 
     def _run(
         self,
@@ -128,24 +130,25 @@ class Executor:
         inputs: Sequence[Tensor],
         handed: list[Tensor],
         trace: Trace | None,
-        fed: Sequence[Value] | None = None,
-    ) -> list[Tensor]:
-        fed = self.fed if fed is None else fed
+        fed: Sequence[Value],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Results, and values for the next section."""
         shards = [self.place(tensor, value) for tensor, value in zip(inputs, fed, strict=True)]
         with torch.no_grad():
             try:
                 if trace is None:
                     assert section.run is not None
-                    results, self._handed = section.run(self.state, shards, handed, None)
+                    results, left = section.run(self.state, shards, handed, None)
                 else:
                     assert section.traced is not None
                     cuda = self.device.type == "cuda"
                     with trace.step(self.function, self.comm, cuda) as clock:
-                        results, self._handed = section.traced(self.state, shards, handed, clock)
+                        results, left = section.traced(self.state, shards, handed, clock)
             except ACTION_ERRORS as error:
                 raise self._failed(error) from error
             types = [self.function.results[position].type for position in section.returned]
-            return [self.comm.gather(x, type) for x, type in zip(results, types, strict=True)]
+            pairs = zip(results, types, strict=True)
+            return [self.comm.gather(tensor, type) for tensor, type in pairs], left
 
     def _failed(self, error: BaseException) -> RunError:
         """The diagnostic for an error that an action raised."""

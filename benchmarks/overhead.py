@@ -1,0 +1,158 @@
+"""Time that the executor adds to each action, against the same calls of torch by hand, and the
+time of the static check for many ranks.
+
+    python benchmarks/overhead.py [--quick] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from weft.ir.builder import Builder
+from weft.ir.module import Function, Module, Op, Value
+from weft.ir.types import B, Mesh, TensorType
+from weft.passes.schedule import Schedule
+from weft.runtime.executor import Executor
+from weft.runtime.schedule_check import check
+
+#: the contract: Python time per action (design.md, issue 1 of 5)
+TARGET_US = 8.0
+LAYERS = 60
+
+
+def block(width: int) -> tuple[Module, Callable[..., Tensor], int]:
+    """A chain of small ops of the kinds that a transformer has, as a schedule and as plain torch.
+
+    Returns the schedule, the function, and how many ops each has.
+    """
+    build = Builder()
+    x = build.param(TensorType("f32", (4, width)), "x", role="input")
+    w = build.param(TensorType("f32", (width, width)), "w", role="param", name="w")
+    value = x
+    for _ in range(LAYERS):
+        mean = build.op("mul", [build.op("reduce_sum", [value], {"dims": (1,), "keepdim": True}),
+                                build.constant(1 / width, TensorType("f32", ()))])  # fmt: skip
+        centred = build.op("sub", [value, mean])
+        heads = build.op("reshape", [centred], types=[TensorType("f32", (4, 2, width // 2))])
+        turned = build.op("permute", [heads], {"dims": (1, 0, 2)})
+        back = build.op("permute", [turned], {"dims": (1, 0, 2)})
+        flat = build.op("reshape", [back], types=[TensorType("f32", (4, width))])
+        product = build.op("einsum", [flat, w], {"spec": "b k, k n -> b n"})
+        value = build.op("add", [value, build.op("silu", [product])])
+    entry = build.function("main", [value], result_attrs=[{"role": "output"}])
+    placed = _everywhere(entry)
+    module = Schedule().run(Module("spmd", (placed,), Mesh()))
+    actions = sum(op.name not in ("free", "constant") for op in module.entry.ops)
+
+    scale = torch.tensor(1 / width)
+
+    def plain(x: Tensor, w: Tensor) -> Tensor:
+        value = x
+        for _ in range(LAYERS):
+            mean = value.sum((1,), keepdim=True) * scale
+            heads = (value - mean).reshape(4, 2, width // 2)
+            flat = heads.permute(1, 0, 2).permute(1, 0, 2).reshape(4, width)
+            value = value + torch.nn.functional.silu(torch.mm(flat, w))
+        return value
+
+    return module, plain, actions
+
+
+def _everywhere(function: Function) -> Function:
+    """The function with the empty placement of a mesh without axes."""
+
+    def placed(value: Value) -> Value:
+        return Value(value.name, value.type.placed(()))
+
+    def op(old: Op) -> Op:
+        return old.with_(operands=tuple(map(placed, old.operands)),
+                         results=tuple(map(placed, old.results)))  # fmt: skip
+
+    return function.with_(params=tuple(map(placed, function.params)), ops=tuple(map(op, function.ops)),
+                          results=tuple(map(placed, function.results)))  # fmt: skip
+
+
+def time_us(run: Callable[[], object], repeats: int) -> float:
+    """The median time of a call."""
+    for _ in range(3):
+        run()
+    samples = []
+    for _ in range(repeats):
+        start = time.perf_counter_ns()
+        run()
+        samples.append((time.perf_counter_ns() - start) / 1e3)
+    return statistics.median(samples)
+
+
+def overhead_rows(repeats: int) -> list[dict[str, Any]]:
+    """Microseconds per action that the executor adds to the same ATen calls."""
+    module, plain, actions = block(8)
+    executor = Executor(module)
+    x, w = torch.randn(4, 8), torch.randn(8, 8)
+    executor.state[0] = w
+    (got,) = executor.run([x])
+    torch.testing.assert_close(got, plain(x, w))
+    with torch.no_grad():
+        direct = min(time_us(lambda: plain(x, w), repeats) for _ in range(3))
+    ours = min(time_us(lambda: executor.run([x]), repeats) for _ in range(3))
+    added = (ours - direct) / actions
+    return [
+        row("executor, added per action", added, "us", TARGET_US, "the same calls of torch"),
+        row("executor, per action in all", ours / actions, "us", None, ""),
+        row("torch alone, per action", direct / actions, "us", None, ""),
+    ]
+
+
+def check_rows(ranks: int, collectives: int) -> list[dict[str, Any]]:
+    """Seconds of the static check for many ranks of one program."""
+    mesh = Mesh((("dp", ranks // 100), ("tp", 100)))
+    type = TensorType("f32", (4,), (B, B))
+    ops = tuple(
+        Op("all_reduce", (Value("x", type),), (Value(f"r{i}", type),), {"axis": mesh.names[i % 2]})
+        for i in range(collectives)
+    )
+    function = Function("main", (Value("x", type),), ops, ())
+    start = time.perf_counter()
+    check(dict.fromkeys(range(ranks), function), mesh)
+    took = time.perf_counter() - start
+    name = f"static check, {ranks} ranks of {collectives} collectives"
+    return [row(name, took, "s", 1.0, "a bound")]
+
+
+def row(name: str, value: float, unit: str, target: float | None, reference: str) -> dict[str, Any]:
+    """One line of the result (design.md, section 7); a smaller value is better."""
+    holds = None if target is None else value <= target
+    return {"name": name, "value": round(value, 4), "unit": unit, "target": target,
+            "reference": reference, "holds": holds}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions")
+    parser.add_argument("--json", type=Path, help="write the rows to a file")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = overhead_rows(50 if options.quick else 400) + check_rows(10_000, 2000)
+    table = Table("measurement", "value", "target", "holds", "against")
+    for r in rows:
+        target = "" if r["target"] is None else f"<= {r['target']} {r['unit']}"
+        holds = "" if r["holds"] is None else "yes" if r["holds"] else "NO"
+        table.add_row(r["name"], f"{r['value']:.3g} {r['unit']}", target, holds, r["reference"])
+    Console(width=110).print(table)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
