@@ -69,6 +69,7 @@ class Lowering:
         self.outs: tuple[TensorType, ...] = ()
         self.users: frozenset[int] = frozenset()  #: which results of the current node are read
         self.fixed_loc: Location | None = None
+        self.losses: dict[int, Value] = {}  #: what `backward()` was called on, by its number
         self._defs: dict[str, Op] = {}
         self._seen_ops = 0
         self._seed: Value | None = None
@@ -212,6 +213,7 @@ class Lowering:
                 return result
             except Unsupported as reason:
                 del self.builder.ops[mark:]
+                self._seen_ops = min(self._seen_ops, mark)
                 log.info("%s: %s", target, reason)
         return self._opaque_op(node, target, args, kwargs)
 

@@ -618,7 +618,7 @@ def avg_pool2d(
 ) -> Value:  # fmt: skip
     kernel = _sizes(kernel_size, 2)
     stride = kernel if stride in ((), [], None) else _sizes(stride, 2)
-    lead, sizes = x.type.shape[:-2], x.type.shape[-2:]
+    sizes = x.type.shape[-2:]
     exact = all(size % k == 0 for size, k in zip(sizes, kernel, strict=True))
     if kernel != stride or any(_sizes(padding, 2)) or divisor_override or not exact:
         raise Unsupported("average pooling with overlapping or padded windows")

@@ -345,6 +345,21 @@ def all_(c: Lowering, x: Value, dim: Any = None, keepdim: bool = False) -> Value
     return _any(c, x, dim, keepdim, "reduce_min")
 
 
+@aten("linalg_vector_norm.default")
+def vector_norm(
+    c: Lowering, x: Value, ord: Number = 2, dim: Any = None, keepdim: bool = False,
+    dtype: Any = None,
+) -> Value:  # fmt: skip
+    x = c.cast(x, c.out.dtype)
+    dims = dims_of(dim, len(x.type.shape))
+    if ord == 2:
+        return c.emit("sqrt", [c.reduce(c.emit("mul", [x, x]), dims, keepdim)])
+    size = c.emit("abs", [x])
+    if ord in (float("inf"), 1):
+        return c.reduce(size, dims, keepdim, "reduce_sum" if ord == 1 else "reduce_max")
+    raise Unsupported(f"norm of order {ord}")
+
+
 @aten("prod.default", "prod.dim_int")
 def prod_(
     c: Lowering, x: Value, dim: Any = None, keepdim: bool = False, dtype: Any = None

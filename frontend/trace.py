@@ -150,7 +150,7 @@ def trace_forward(
     tensors, _, inputs = flatten((tuple(args), kwargs))
     root = Root(program, _modules_of(program, args, kwargs), inputs)
     exported = capture(root, distinct(tensors))
-    function, state = lower_program(exported, root, names)
+    function, state, _ = lower_program(exported, root, names)
     module = Module("logical", (drop_dead(drop_stops(function)),))
     return Traced(module, state, inputs, tuple(names), root.outputs)
 
@@ -168,8 +168,8 @@ def _modules_of(
 
 def lower_program(
     program: ExportedProgram, root: Root, input_names: Sequence[str]
-) -> tuple[Function, dict[str, Tensor]]:
-    """The entry function of an exported program, and its tensors by name.
+) -> tuple[Function, dict[str, Tensor], dict[int, Value]]:
+    """The entry function of an exported program, its tensors by name, and its `backward()` losses.
 
     Parameters that share storage become one. Results: outputs in order, then buffer updates.
     """
@@ -200,7 +200,7 @@ def lower_program(
         else:
             env[node] = _constant(lowering, node, program.constants.get(str(spec.target)), state)
     outputs = lowering.run(program.graph, env)
-    return _finish(builder, program, outputs, names), state
+    return _finish(builder, program, outputs, names), state, lowering.losses
 
 
 def _type(node: torch.fx.Node) -> TensorType:

@@ -1,0 +1,174 @@
+"""Optimizers: from a torch optimizer's groups to update ops, one table entry per class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ir.builder import Builder
+from ..ir.errors import CompileError
+from ..ir.module import Attr, Function, Location, Namer, Op, Value
+from ..ir.types import TensorType
+
+
+@dataclass(frozen=True)
+class Update:
+    """How one parameter is updated.
+
+    Attributes:
+        op: the update op.
+        attrs: its attributes.
+        states: names of the state tensors in torch, in the op's operand order.
+        group: the parameter group, whose learning rate it uses.
+    """
+
+    op: str
+    attrs: Mapping[str, Attr]
+    states: tuple[str, ...]
+    group: int
+
+
+def _adam(group: Mapping[str, Any], decoupled: bool) -> tuple[str, dict[str, Attr], tuple[str, ...]]:
+    if group.get("amsgrad"):
+        raise _unsupported("amsgrad", "set amsgrad=False")
+    beta1, beta2 = group["betas"]
+    attrs: dict[str, Attr] = {
+        "beta1": float(beta1), "beta2": float(beta2), "eps": float(group["eps"]),
+        "weight_decay": float(group["weight_decay"]), "maximize": bool(group["maximize"]),
+    }  # fmt: skip
+    decoupled = decoupled or bool(group.get("decoupled_weight_decay"))
+    return "adamw_update" if decoupled else "adam_update", attrs, ("exp_avg", "exp_avg_sq")
+
+
+def _sgd(group: Mapping[str, Any]) -> tuple[str, dict[str, Attr], tuple[str, ...]]:
+    attrs: dict[str, Attr] = {
+        "weight_decay": float(group["weight_decay"]), "maximize": bool(group["maximize"])
+    }
+    if not group["momentum"]:
+        return "sgd_update", attrs, ()
+    attrs |= {"momentum": float(group["momentum"]), "dampening": float(group["dampening"]),
+              "nesterov": bool(group["nesterov"])}  # fmt: skip
+    return "momentum_update", attrs, ("momentum_buffer",)
+
+
+_Reader = Callable[[Mapping[str, Any]], tuple[str, dict[str, Attr], tuple[str, ...]]]
+#: exact class -> what its groups mean; a subclass may do something else
+OPTIMIZERS: dict[type[torch.optim.Optimizer], _Reader] = {
+    torch.optim.SGD: _sgd,
+    torch.optim.Adam: lambda group: _adam(group, False),
+    torch.optim.AdamW: lambda group: _adam(group, True),
+}
+#: names of the command line
+NAMES: dict[str, type[torch.optim.Optimizer]] = {
+    cls.__name__.lower(): cls for cls in OPTIMIZERS
+}
+
+
+def _unsupported(what: str, hint: str) -> CompileError:
+    return CompileError("W0303", f"{what} is not supported", hint=hint)
+
+
+def make(name: str, parameters: Any, **hyper: Any) -> torch.optim.Optimizer:
+    """A torch optimizer by its name (`sgd`, `adam`, `adamw`). Raises CompileError W0303."""
+    cls = NAMES.get(name.lower())
+    if cls is None:
+        raise _unsupported(f"optimizer {name!r}", f"use one of {', '.join(sorted(NAMES))}")
+    return cls(parameters, **hyper)
+
+
+def updates_of(
+    optimizer: torch.optim.Optimizer, names: Mapping[int, str]
+) -> tuple[dict[str, Update], list[float]]:
+    """How each parameter is updated, by name, and the learning rate of each group.
+
+    Args:
+        names: name of each parameter of the model by `id`.
+
+    Raises CompileError W0303.
+    """
+    reader = OPTIMIZERS.get(type(optimizer))
+    if reader is None:
+        known = ", ".join(cls.__name__ for cls in OPTIMIZERS)
+        raise _unsupported(f"optimizer {type(optimizer).__name__}", f"use one of {known}")
+    updates: dict[str, Update] = {}
+    rates: list[float] = []
+    for number, group in enumerate(optimizer.param_groups):
+        op, attrs, states = reader(group)
+        rates.append(float(group["lr"]))
+        for parameter in group["params"]:
+            name = names.get(id(parameter))
+            if name is None:
+                raise CompileError(
+                    "W0304", f"group {number} of the optimizer has a tensor that the model has not",
+                    hint="make the optimizer from model.parameters(), after the last change of "
+                         "the model's tensors",
+                )  # fmt: skip
+            updates[name] = Update(op, attrs, states, number)
+    return updates, rates
+
+
+def states_of(
+    optimizer: torch.optim.Optimizer, names: Mapping[int, str], updates: Mapping[str, Update]
+) -> dict[str, Tensor]:
+    """The optimizer's state so far, under the names of the entry; nothing before the first step."""
+    found: dict[str, Tensor] = {}
+    steps = 0.0
+    for parameter, state in optimizer.state.items():
+        name = names.get(id(parameter))
+        if name not in updates:
+            continue
+        for key in updates[name].states:
+            if isinstance(state.get(key), Tensor):
+                found[f"{key}/{name}"] = state[key]
+                steps = max(steps, 1.0)
+        if "step" in state:
+            steps = max(steps, float(state["step"]))
+    if found:
+        found["step"] = torch.tensor(steps, dtype=torch.float64)
+    return found
+
+
+def add_updates(entry: Function, updates: Mapping[str, Update], groups: int) -> Function:
+    """Replace the results of role `grad` by updates of parameters, states and the step counter.
+
+    Adds the parameters `lr.<group>` (role `lr`), `step` and the optimizer states (role `state`).
+    Each update stands right behind its gradient, so that the gradient may be freed early.
+    """
+    names = [p.name for p in entry.params] + [v.name for op in entry.ops for v in op.results]
+    builder = Builder(Namer(tuple(names)))
+    builder.params, builder.param_attrs = list(entry.params), list(entry.param_attrs)
+    grads = {str(a["name"]): v for v, a in zip(entry.results, entry.result_attrs, strict=True)
+             if a.get("role") == "grad" and a["name"] in updates}  # fmt: skip
+    params = {str(a["name"]): v for v, a in zip(entry.params, entry.param_attrs, strict=True)
+              if a.get("role") == "param"}  # fmt: skip
+    scalar = TensorType("f64", ())
+    rates = [builder.param(scalar, f"lr.{g}", role="lr", name=f"lr.{g}") for g in range(groups)]
+    counter = builder.param(scalar, "step", role="state", name="step")
+    step = builder.one("add", [counter, builder.constant(1.0, scalar)])
+    kept = [(v, a) for v, a in zip(entry.results, entry.result_attrs, strict=True)
+            if a.get("role") != "grad"]  # fmt: skip
+    results = [(step, {"role": "update", "updates": "step"})]
+    behind: dict[str, list[Op]] = {}
+    for name, grad in grads.items():
+        update, param = updates[name], params[name]
+        states = [builder.param(param.type, f"{key}/{name}", role="state", name=f"{key}/{name}")
+                  for key in update.states]  # fmt: skip
+        operands = [param, grad, *states, step, rates[update.group]]
+        loc = Location(name.rpartition(".")[0])
+        outs = builder.many(update.op, operands, update.attrs, loc=loc)
+        behind.setdefault(grad.name, []).append(builder.ops.pop())
+        targets = [name, *(f"{key}/{name}" for key in update.states)]
+        results += [(value, {"role": "update", "updates": target})
+                    for value, target in zip(outs, targets, strict=True)]  # fmt: skip
+    first = {p.name for p in entry.params}
+    ops = [*builder.ops, *(op for name in behind if name in first for op in behind[name])]
+    for op in entry.ops:
+        ops.append(op)
+        ops += [late for value in op.results for late in behind.get(value.name, ())]
+    builder.ops = ops
+    values: Sequence[tuple[Value, Mapping[str, Attr]]] = [*kept, *results]
+    return builder.function(entry.name, [v for v, _ in values], [a for _, a in values], entry.attrs)
