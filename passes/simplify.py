@@ -16,7 +16,8 @@ from ..ir.module import Attr, Function, Module, Namer, Op, Value
 from ..ir.ops import OPS
 from ..ir.types import TensorType
 from .base import Pass
-from .inline import callees_first, is_kernel
+from .dead_code import eliminate_dead, without_dead_ops
+from .inline import is_kernel
 from .simplify_affine import Affine
 from .simplify_facts import Fact, Small, infer
 from .simplify_rules import RULES, Rule
@@ -205,87 +206,3 @@ def sharing_key(op: Op) -> object:
         tuple(sorted((name, repr(value)) for name, value in op.attrs.items())),
         tuple(value.type for value in op.results),
     )
-
-
-def without_dead_ops(function: Function) -> Function:
-    """A function without the ops that none of its results depends on."""
-    needed = {value.name for value in function.results}
-    ops = []
-    for op in reversed(function.ops):
-        if any(value.name in needed for value in op.results):
-            needed.update(value.name for value in op.operands)
-            ops.append(op)
-    return function if len(ops) == len(function.ops) else replace(function, ops=tuple(ops[::-1]))
-
-
-def eliminate_dead(module: Module) -> Module:
-    """Remove dead ops, functions that nobody calls, and their unread parameters and results."""
-    while True:  # an argument that nobody reads any more may leave the op dead that made it
-        fewer = _eliminate_once(module)
-        if _sizes(fewer) == _sizes(module):
-            return fewer
-        module = fewer
-
-
-def _sizes(module: Module) -> list[tuple[int, int, int]]:
-    return [(len(f.params), len(f.ops), len(f.results)) for f in module.functions]
-
-
-def _eliminate_once(module: Module) -> Module:
-    table = {function.name: function for function in module.functions}
-    order = callees_first(table, module.entry.name)[::-1]  # callers first
-    read: dict[str, set[int]] = {}  # function -> its results that a call reads
-    for name in order:
-        function = _keep_results(table[name], read.get(name)) if name in read else table[name]
-        function = table[name] = without_dead_ops(function)
-        needed = {value.name for op in function.ops for value in op.operands}
-        needed.update(value.name for value in function.results)
-        for op in function.ops:
-            if op.name == "call":
-                used = (i for i, value in enumerate(op.results) if value.name in needed)
-                read.setdefault(str(op.attrs["callee"]), set()).update(used)
-    params: dict[str, list[int]] = {}  # function -> its parameters that it reads
-    for name in order[::-1]:  # callees first
-        function = _narrow_calls(table[name], table, params, read)
-        if name != module.entry.name and not is_kernel(function):
-            needed = {value.name for op in function.ops for value in op.operands}
-            needed.update(value.name for value in function.results)
-            kept = [i for i, value in enumerate(function.params) if value.name in needed]
-            params[name] = kept
-            function = replace(
-                function,
-                params=tuple(function.params[i] for i in kept),
-                param_attrs=tuple(function.param_attrs[i] for i in kept),
-            )
-        table[name] = function
-    return module.with_(functions=tuple(table[f.name] for f in module.functions if f.name in order))
-
-
-def _keep_results(function: Function, read: set[int] | None) -> Function:
-    """The function with only the results that its calls read; kernels keep theirs."""
-    if read is None or is_kernel(function):
-        return function
-    kept = sorted(read)
-    return replace(
-        function,
-        results=tuple(function.results[i] for i in kept),
-        result_attrs=tuple(function.result_attrs[i] for i in kept),
-    )
-
-
-def _narrow_calls(
-    function: Function,
-    table: dict[str, Function],
-    params: dict[str, list[int]],
-    read: dict[str, set[int]],
-) -> Function:
-    """The function with its calls adapted to the parameters and results that are left."""
-    ops = []
-    for op in function.ops:
-        callee = str(op.attrs.get("callee", "")) if op.name == "call" else ""
-        if callee in params:
-            operands = tuple(op.operands[i] for i in params[callee])
-            results = tuple(op.results[i] for i in sorted(read[callee]))
-            op = replace(op, operands=operands, results=results)
-        ops.append(op)
-    return replace(function, ops=tuple(ops))
