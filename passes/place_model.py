@@ -13,7 +13,8 @@ Costs, in us, each times the number of executions and the size of the class
     reshard(v, producer, reader's need)   for a value with one reader
     reshard(v, producer, copy)            for a shared copy in h_v, once
     reshard(v, producer, need)            for each reader whose need is neither of them
-    weight * bytes                        of parameters, optimizer states and callees' results
+    weight * bytes                        of parameters, optimizer states, callees' results, and
+                                          of shared copies in the entry
 A value and its copies are priced as `apply` writes them: one reshard per distinct placement.
 Only where a value has two different shared copies but h_v has room for one is the model's cost
 above the price; it is never below.
@@ -54,11 +55,13 @@ End = tuple[int, tuple[Placements, ...]]
 
 @dataclass(frozen=True)
 class _Bytes:
-    """Bytes per rank of each state of a variable, all copies together."""
+    """Bytes per rank, all copies together, of each state of a variable, or of each pair of states
+    of two variables."""
 
     variable: int
     bytes: Array
-    persistent: bool
+    persistent: bool = False
+    other: int = -1
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,9 @@ class PlacementModel:
         network = self.network.clone()
         for row in self.memory:
             weight = us_per_byte + (TIE_US_PER_BYTE if row.persistent else 0.0)
-            if weight:
+            if weight and row.other >= 0:
+                network.add_cost(row.variable, row.other, weight * row.bytes)
+            elif weight:
                 network.add_unary(row.variable, weight * row.bytes)
         return network
 
@@ -109,7 +114,8 @@ class PlacementModel:
         total = 0.0
         for row in self.memory:
             weight = us_per_byte + (TIE_US_PER_BYTE if row.persistent else 0.0)
-            total += weight * float(row.bytes[states[row.variable]])
+            held = row.bytes[states[row.variable]]
+            total += weight * float(held if row.other < 0 else held[states[row.other]])
         return total
 
     def persistent_bytes(self, states: dict[int, int]) -> float:
@@ -217,7 +223,7 @@ class PlacementModel:
                 groups[value.type, end, frozenset(readers[value.name])] += 1
         for (type, end, needs), copies in groups.items():
             ordered = sorted(needs, key=lambda need: (need[0], str(need[1])))
-            self._edges(type, end, ordered, float(copies * runs))
+            self._edges(type, end, ordered, copies * runs, function is self.module.entry)
 
     def _fixed(self, function: str, index: int) -> tuple[str | None, ...]:
         """The states that an op keeps, None on the free axes."""
@@ -261,8 +267,14 @@ class PlacementModel:
             out.setdefault(value.name, set()).add(end)
         return out
 
-    def _edges(self, type: TensorType, end: End, needs: list[End], runs: float) -> None:
-        """The reshard costs between a value's producer and its readers."""
+    def _edges(
+        self, type: TensorType, end: End, needs: list[End], runs: int, entry: bool
+    ) -> None:
+        """The reshard costs between a value's producer and its readers.
+
+        In the entry a shared copy may live long: a gathered weight from the forward to the
+        backward call. So its bytes are remembered.
+        """
         sources = tuple(dict.fromkeys(end[1]))
         targets = tuple(dict.fromkeys(p for need in needs for p in need[1]))
         table = reshard_table_us(type, self.mesh, sources, targets, self.cost)
@@ -277,6 +289,8 @@ class PlacementModel:
         hub = _hub_states(sources, targets, needs, table)
         costs = [sum(table[row[p], column[c]] for c in copies) for p, copies in hub]
         variable = self.network.add_variable(costs)
+        if entry:
+            self._remember_copies(type, variable, hub, needs, runs)
         agree = np.array([[0.0 if p == own else FORBIDDEN for own in end[1]] for p, _ in hub])
         self._connect(variable, end[0], agree)
         base = table[[row[p] for p, _ in hub]]
@@ -284,6 +298,31 @@ class PlacementModel:
             base[number, [column[c] for c in (p, *copies) if c in column]] = 0.0
         for need in needs:
             self._connect(variable, need[0], base[:, [column[p] for p in need[1]]])
+
+    def _remember_copies(
+        self,
+        type: TensorType,
+        variable: int,
+        hub: list[tuple[Placements, tuple[Placements, ...]]],
+        needs: list[End],
+        runs: int,
+    ) -> None:
+        """Bytes of shared copies, and of those that a reader has made for itself alone."""
+
+        def size(placement: Placements) -> float:
+            return float(local_bytes(type.placed(placement), self.mesh) * runs)
+
+        shared = np.array([sum(map(size, copies)) for _, copies in hub], dtype=np.float64)
+        self.memory.append(_Bytes(variable, shared))
+        for number, options in needs:
+            own = np.array([
+                [0.0 if p == held or p in copies else size(p) for p in options]
+                for held, copies in hub
+            ])  # fmt: skip
+            if number >= 0:
+                self.memory.append(_Bytes(variable, own, other=number))
+            else:
+                self.memory.append(_Bytes(variable, own[:, 0]))
 
     def _connect(self, left: int, right: int, costs: Array) -> None:
         """Add a cost table between two variables, either of which may be fixed (-1)."""

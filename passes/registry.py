@@ -10,12 +10,13 @@ from .fuse import Fuse
 from .inline import Inline
 from .lower import Lower
 from .outline import Outline
+from .place import Place
 from .random_place import RandomPlace
 from .schedule import Schedule
 from .simplify import Simplify
 
 #: in the order in which a program meets them
-_ORDER: tuple[type[Pass], ...] = (Simplify, Outline, Inline, RandomPlace, Lower, Fuse, Schedule)
+_ORDER: tuple[type[Pass], ...] = (Simplify, Outline, Inline, Place, RandomPlace, Lower, Fuse, Schedule)
 
 #: every pass by its name
 PASSES: dict[str, type[Pass]] = {cls.name: cls for cls in _ORDER}
