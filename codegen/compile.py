@@ -144,23 +144,17 @@ def _read(folder: Path) -> Binary | None:
 
 
 def _write(folder: Path, binary: Binary) -> None:
-    """Write an entry under a temporary name, then rename it; another process may have been first."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    """Write an entry: each file is renamed into place, the one with the hash of the other last."""
+    folder.mkdir(parents=True, exist_ok=True)
     info = {
         "entry": binary.entry,
         "sha256": hashlib.sha256(binary.cubin).hexdigest(),
         "resources": asdict(binary.resources),
     }
-    with TemporaryDirectory(dir=folder.parent) as name:
-        temporary = Path(name) / "entry"
-        temporary.mkdir()
-        (temporary / "kernel.cubin").write_bytes(binary.cubin)
-        (temporary / "info.json").write_text(json.dumps(info), encoding="utf-8")
-        try:
-            os.replace(temporary, folder)
-        except OSError:
-            if _read(folder) is None:
-                raise
+    for name, content in (("kernel.cubin", binary.cubin), ("info.json", json.dumps(info).encode())):
+        temporary = folder / f".{name}.{os.getpid()}"
+        temporary.write_bytes(content)
+        os.replace(temporary, folder / name)
 
 
 def _compile(job: _Job) -> Binary:

@@ -295,7 +295,7 @@ def _cross_entropy_backward(b: _Builder, op: Op, shift: int) -> tuple[Node, ...]
 #: ops that look at the column
 _SHIFTED: dict[str, Callable[[_Builder, Op, int], tuple[Node, ...]]] = {
     "cast": _alias, "constant": _constant, "iota": _iota, "expand": _alias,
-    "reshape": _alias, "permute": _alias,
+    "reshape": _alias, "permute": _alias, "stop_gradient": _alias,
     "slice": _slice, "concat": _concat, "pad": _pad,
     "reduce_sum": _reduce("sum"), "reduce_max": _reduce("max"), "reduce_min": _reduce("min"),
     "softmax": _softmax, "log_softmax": _softmax, "softmax_backward": _softmax_backward,

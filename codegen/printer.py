@@ -253,6 +253,7 @@ class Body:
         return upper if shift > 0 else f"(col >= {-shift}) & ({upper})"
 
     def _load(self, node: Node) -> str:
+        # what lies outside of the mask needs no value: reductions and stores have masks themselves
         name, shift = str(node.data[0]), int(node.data[1])
         value = self.values[name]
         terms, masks = [f"{name}_ptr"], []
@@ -270,7 +271,7 @@ class Body:
             mask = masks[0] if len(masks) == 1 else " & ".join(
                 m if m.isidentifier() or m.startswith("(") else f"({m})" for m in masks
             )  # fmt: skip
-            text = f"tl.load({pointer}, mask={mask}, other=0)"
+            text = f"tl.load({pointer}, mask={mask})"
         return text if value.type.dtype == node.dtype else f"{text}.to({TL[node.dtype]})"
 
     def store(self, output: Output) -> None:

@@ -41,12 +41,12 @@ JOINS = frozenset({"concat", "pad"})
 INTEGER = frozenset({
     "neg", "abs", "sign", "add", "sub", "mul", "maximum", "minimum", "eq", "ne", "lt", "le", "gt",
     "ge", "where", "cast", "logical_and", "logical_or", "logical_not", "bitwise_xor",
-    "floor_divide", "remainder",
+    "floor_divide", "remainder", "stop_gradient",
 })  # fmt: skip
 #: ops with bool results or operands
 BOOLEAN = frozenset({
     "eq", "ne", "lt", "le", "gt", "ge", "where", "cast", "logical_and", "logical_or",
-    "logical_not", "bitwise_xor", "isfinite",
+    "logical_not", "bitwise_xor", "isfinite", "stop_gradient",
 })  # fmt: skip
 #: exponents that are products and roots; others would need a power function of the device library
 EXPONENTS = frozenset({-2.0, -1.0, -0.5, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0})
