@@ -17,6 +17,7 @@ from ..ir.errors import RunError
 from ..ir.types import Mesh
 from .artifact import Artifact
 from .comm import TIMEOUT_S, Comm
+from .kernels import load_kernels
 from .launch import init_from_env
 from .program import Program
 
@@ -39,12 +40,16 @@ class Executable:
         module = artifact.module()
         mesh = module.mesh or Mesh()
         with ExitStack() as stack:
-            world = stack.enter_context(init_from_env(timeout_s=timeout_s))
+            world = stack.enter_context(init_from_env(mesh.device, timeout_s=timeout_s))
             self.rank, self.world_size = world.rank, world.size
             if world.size != mesh.size:
                 raise world_mismatch(artifact.path, mesh.size, world.size)
             comm = Comm(mesh, timeout_s=timeout_s)
-            self.program = Program(module, comm, world.device, timeout_s=timeout_s)
+            on_gpu = world.device.type == "cuda"
+            kernels = load_kernels(artifact.path / "kernels") if on_gpu else None
+            self.program = Program(
+                module, comm, world.device, kernels=kernels, timeout_s=timeout_s
+            )
             self._exit = stack.pop_all()
 
     def load_weights(self) -> None:

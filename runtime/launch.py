@@ -121,17 +121,18 @@ def _failure(stderr: str, code: int) -> RunError:
 
 
 @contextmanager
-def init_from_env(*, timeout_s: float = TIMEOUT_S) -> Iterator[World]:
+def init_from_env(kind: str = "", *, timeout_s: float = TIMEOUT_S) -> Iterator[World]:
     """This rank's world, from the variables that torchrun sets; a world of one without them.
 
-    NCCL where each rank of the host has a GPU, gloo otherwise. At a normal end the ranks wait for
+    NCCL where each rank of the host has a GPU, gloo otherwise, and where `kind`, the device kind of
+    the plan's mesh, is `cpu`. At a normal end the ranks wait for
     each other before the process groups go, since some hold what others still read; after an error
     nothing is waited for.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    cuda = torch.cuda.is_available() and torch.cuda.device_count() >= here
+    cuda = kind != "cpu" and torch.cuda.is_available() and torch.cuda.device_count() >= here
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)

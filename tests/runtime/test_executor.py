@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 import weakref
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from weft.ir.types import Mesh, TensorType
 from weft.runtime.comm import Comm
 from weft.runtime.executor import Executor, peak_bytes
 from weft.runtime.interpreter import evaluate
+from weft.runtime.kernels import load_kernels
 from weft.runtime.trace import Trace, read_events
 from weft.runtime.wrapper import HOIST_BYTES, after_tangents
 
@@ -223,6 +226,23 @@ func @twice(%a: f32[4, 4]{}) -> (f32[4, 4]{}, f32[4, 4]{}) attrs {kernel = "k0"}
 
     compiled = Executor(module, kernels={"k0": launch}).run([x])
     assert torch.equal(compiled[0], body[0]) and calls == [torch.Size((4, 4))]
+
+
+def test_kernels_are_loaded_from_files_that_match_their_manifest(tmp_path: Path) -> None:
+    text = "def launch(x):\n    return (x + 1,)\n"
+    (tmp_path / "k0.py").write_text(text)
+    entry = {"name": "k0", "fallback": "", "source": "k0.py",
+             "source_sha256": hashlib.sha256(text.encode()).hexdigest()}  # fmt: skip
+    other = {"name": "k1", "fallback": "aten", "reason": "too large"}
+    (tmp_path / "manifest.json").write_text(json.dumps({"kernels": [entry, other]}))
+    kernels = load_kernels(tmp_path)
+    assert list(kernels) == ["k0"] and torch.equal(
+        kernels["k0"](torch.ones(2))[0], torch.full((2,), 2.0)
+    )
+    (tmp_path / "k0.py").write_text(text + "#")
+    with pytest.raises(RunError, match="W0701"):
+        load_kernels(tmp_path)
+    assert load_kernels(tmp_path / "none") == {}
 
 
 def test_begin_hands_its_values_to_finish_once() -> None:
