@@ -30,6 +30,19 @@ def _number(attrs: Mapping[str, Attr], name: str) -> float:
     return float(value)
 
 
+def _rate(lr: Tensor) -> Any:
+    """The learning rate as the fused kernels take it, without waiting for a GPU."""
+    return lr.to(torch.float32) if lr.is_cuda else float(lr)
+
+
+def _descend(params: Tensors, grads: Tensors, lr: Tensor) -> None:
+    """params -= lr * grads, without waiting for a GPU."""
+    if lr.is_cuda:
+        torch._foreach_add_(params, torch._foreach_mul(grads, (-lr).to(grads[0].dtype)))
+    else:
+        torch._foreach_add_(params, grads, alpha=-float(lr))
+
+
 def _adam(kernel: Callable[..., None], a: Mapping[str, Attr]) -> Update:
     def update(
         params: Tensors, grads: Tensors, ms: Tensors, vs: Tensors, step: Tensor, lr: Tensor
@@ -37,7 +50,7 @@ def _adam(kernel: Callable[..., None], a: Mapping[str, Attr]) -> Update:
         count = step.to(device=params[0].device, dtype=torch.float32)
         kernel(
             params, [g.contiguous() for g in grads], ms, vs, [], [count] * len(params),
-            lr=float(lr), beta1=a["beta1"], beta2=a["beta2"], weight_decay=a["weight_decay"],
+            lr=_rate(lr), beta1=a["beta1"], beta2=a["beta2"], weight_decay=a["weight_decay"],
             eps=a["eps"], amsgrad=False, maximize=a["maximize"],
         )  # fmt: skip
 
@@ -53,7 +66,7 @@ def _gradients(params: Tensors, grads: Tensors, a: Mapping[str, Attr]) -> Tensor
 
 def _sgd(a: Mapping[str, Attr]) -> Update:
     def update(params: Tensors, grads: Tensors, step: Tensor, lr: Tensor) -> None:
-        torch._foreach_add_(params, _gradients(params, grads, a), alpha=-float(lr))
+        _descend(params, _gradients(params, grads, a), lr)
 
     return update
 
@@ -70,7 +83,7 @@ def _momentum(a: Mapping[str, Attr]) -> Update:
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, new, alpha=damp)
         new = list(torch._foreach_add(new, buffers, alpha=momentum)) if a["nesterov"] else buffers
-        torch._foreach_add_(params, new, alpha=-float(lr))
+        _descend(params, new, lr)
 
     return update
 
