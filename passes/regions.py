@@ -265,7 +265,8 @@ class Regions:
             for result in self.ops[i].results
             if not self.readers.get(result.name, set()) <= members
         )
-        if len(outputs) + len(parameters(ops)) > MAX_TENSORS:
+        params = parameters(ops)
+        if not params or len(outputs) + len(params) > MAX_TENSORS:
             return None
         try:
             space = analyse(ops, [value.name for value in outputs])

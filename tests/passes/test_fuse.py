@@ -193,6 +193,16 @@ def test_a_vocabulary_split_keeps_cross_entropy_out_of_kernels() -> None:
     assert names(fuse(split).entry.ops) == ["cross_entropy"]
 
 
+def test_ops_on_constants_alone_stay_outside() -> None:
+    """A kernel takes its device from an operand."""
+
+    def make(b: Builder) -> list[Value]:
+        i = b.one("iota", [], {"dim": 0}, types=[TensorType("i64", (4,))])
+        return [b.one("mul", [b.one("add", [i, i]), i])]
+
+    assert names(fuse(module_of(make)).entry.ops) == ["iota", "add", "mul"]
+
+
 def test_optimizer_updates_are_fused_only_on_request() -> None:
     def make(b: Builder) -> list[Value]:
         p, g = x_of(b, 4, 6, name="p"), x_of(b, 4, 6, name="g")
