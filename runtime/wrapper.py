@@ -27,7 +27,7 @@ from ..ir.ops import OPS
 from ..ir.ops.optimizer import OVERWRITES
 from ..ir.types import DTYPES, local_shape
 from .comm import COMMUNICATION, Comm
-from .context import OpContext
+from .context import OpContext, results_of
 from .lifetimes import PERSISTENT, alias_roots
 from .updates import make_update, update_key
 
@@ -121,27 +121,33 @@ class Wrapper:
 
     def _hoist(self) -> None:
         """Compute the small values that depend on constants alone."""
-        overwritten = {
-            root for name in self.storage.values() for root in self.roots.get(name, ())
-        }
+        overwritten = {root for name in self.storage.values() for root in self.roots.get(name, ())}
         for op in self.function.ops:
-            family = OPS[op.name].family if op.name in OPS else ""
-            constant = family == "creation" and not op.operands
-            pure = family in _PURE and op.operands
-            if not (constant or pure):
+            if not self._is_pure(op):
                 continue
             if any(value.name not in self.constants for value in op.operands):
                 continue
             small = all(self._bytes(value) <= HOIST_BYTES for value in op.results)
             if not small or any(self.roots[v.name] & overwritten for v in op.results):
                 continue
-            operands = [self.constants[value.name] for value in op.operands]
             with torch.no_grad():
-                out = OPS[op.name].ref(self._context(op), *operands)
-            tensors = out if isinstance(out, (tuple, list)) else (out,)
+                tensors = self._evaluate(op, [self.constants[v.name] for v in op.operands])
             for value, tensor in zip(op.results, tensors, strict=True):
                 self.constants[value.name] = tensor
                 self.globals[self._name(value)] = tensor
+
+    def _is_pure(self, op: Op) -> bool:
+        if op.name == "call":
+            return all(map(self._is_pure, self.module.function(str(op.attrs["callee"])).ops))
+        return OPS[op.name].family in _PURE or _is_constant(op)
+
+    def _evaluate(self, op: Op, operands: Sequence[Tensor]) -> Sequence[Tensor]:
+        if op.name == "call":
+            results: Sequence[Tensor] = self.globals[self._kernel(str(op.attrs["callee"]))](
+                *operands
+            )
+            return results
+        return results_of(op, self._semantics(op)(*operands))
 
     def _bytes(self, value: Value) -> int:
         shape = local_shape(value.type, self.comm.mesh, self.comm.coord)
@@ -311,6 +317,7 @@ class Wrapper:
             return name
         text = _Text(f"<weft rank {self.comm.rank} {callee} {next(_serial)}>", self.lines)
         space: dict[str, Any] = {}
+        constants: set[str] = set()
         local = {value.name: f"a{i}" for i, value in enumerate(function.params)}
         text.add(f"def {name}({', '.join(local.values())}):")
         for i, (op, dropped) in enumerate(zip(function.ops, function.last_uses(), strict=True)):
@@ -319,18 +326,26 @@ class Wrapper:
                 local[value.name] = f"v{len(local)}"
             left = ", ".join(local[value.name] for value in op.results)
             space[f"f{i}"] = self._semantics(op)
-            text.add(f"    {left} = f{i}({operands})", op)
-            if dropped:
-                text.add(f"    del {', '.join(local[gone] for gone in dropped)}")
+            if _is_constant(op) and self._bytes(op.result) <= HOIST_BYTES:
+                space[local[op.result.name]] = space[f"f{i}"]()
+                constants.add(op.result.name)
+            else:
+                text.add(f"    {left} = f{i}({operands})", op)
+            if gone := [local[name] for name in dropped if name not in constants]:
+                text.add(f"    del {', '.join(gone)}")
         roots = alias_roots(function)
-        given = {value.name for value in function.params}
+        shared = constants | {value.name for value in function.params}
         out = [
-            local[value.name] + (".clone()" if roots[value.name] & given else "")
+            local[value.name] + (".clone()" if roots[value.name] & shared else "")
             for value in function.results
         ]
         text.add(f"    return {', '.join(out)},")
         self.globals[name] = text.function(space, name)
         return name
+
+
+def _is_constant(op: Op) -> bool:
+    return op.name in OPS and OPS[op.name].family == "creation" and not op.operands
 
 
 def _only(call: Callable[..., Any], *operands: Tensor) -> Tensor:
