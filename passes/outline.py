@@ -81,6 +81,10 @@ def layout(function: Function) -> tuple[list[Op], list[Op]]:
             mask |= depends[value.name]
         depends.update((value.name, mask) for value in op.results)
         fixed.append(mask == 3)
+    if 2 * sum(fixed) < len(
+        ops
+    ):  # a program without weights, or without inputs, is all of one kind
+        fixed = [True] * len(ops)
     returned = {value.name for value in function.results}
     anchor = list(range(len(ops)))  # -1: to the front
     for index in reversed(range(len(ops))):
