@@ -77,8 +77,9 @@ class Function:
     """A function: parameters, ops in order, and returned values.
 
     `param_attrs[i]` describes parameter i. In the entry function: `role` is `param`, `buffer`,
-    `state` (optimizer state), `input`, `lr` or `seed`; `name` is the user's name for it.
-    `result_attrs[i]` describes result i: `role` is `loss`, `output` or `update`, an update also has
+    `state` (optimizer state), `input`, `lr`, `seed`, or `tangent` (the gradient of output `of`);
+    `name` is the user's name for it. `result_attrs[i]` describes result i: `role` is `loss`,
+    `output`, `update`, or `grad` (of the entry parameter called `name`); an update also has
     `updates`, the name of the entry parameter whose storage it replaces.
     """
 
