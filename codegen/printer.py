@@ -294,7 +294,8 @@ class Body:
             text = f"tl.full([], {text}, {TL[output.node.dtype]})"
         if output.node.dtype != value.type.dtype:
             text = f"{text}.to({TL[value.type.dtype]})"
-        line = f"tl.store({' + '.join(terms)}, {text}, mask={' & '.join(masks)})"
+        mask = f", mask={' & '.join(masks)}" if masks else ""  # every program stores a scalar
+        line = f"tl.store({' + '.join(terms)}, {text}{mask})"
         (self.lines if self.inner is None else self.inner).append(line)
 
 

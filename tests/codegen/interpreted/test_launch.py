@@ -9,12 +9,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.codegen.kit import check_close, load, only_kernel, reference, run_and_compare, samples
-from tests.codegen.programs import PROGRAMS
+from tests.codegen.kit import (
+    check_close,
+    load,
+    only_kernel,
+    program,
+    reference,
+    run_and_compare,
+    samples,
+)
+from tests.codegen.programs import PROGRAMS, tensor
 from tests.passes.programs import random_program
 
 from weft.codegen.emit import kernel_functions
 from weft.codegen.source import generate
+from weft.ir.builder import Builder
+from weft.ir.module import Value
 from weft.passes.fuse import fuse
 
 
@@ -75,6 +85,16 @@ def test_operands_may_be_strided_views(name: str, tmp_path: Path) -> None:
         for got, expected, value in zip(launch(*operands), wanted, function.results, strict=True):
             check_close(got, expected, value.type)
             assert got.is_contiguous()
+
+
+def test_a_scalar_may_be_computed_beside_a_vector(tmp_path: Path) -> None:
+    def make(b: Builder) -> list[Value]:
+        x, s = b.param(tensor("f32", 3000), "x"), b.param(tensor("f32", 1), "s")
+        s = b.one("exp", [s])
+        return [s, b.one("mul", [x, s])]
+
+    function = only_kernel(program(make))
+    run_and_compare(function, samples(function), tmp_path)
 
 
 @pytest.mark.parametrize("columns", [1024, 1025, 1200])
