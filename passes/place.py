@@ -10,7 +10,7 @@ Meshes of three axes and more: exact searches over each pair of axes in turn, th
 are, until no pair helps (very large neighbourhood descent); the bound then is the least compute time.
 
 Memory: where the cheapest placement does not fit, bytes get a price lambda (a Lagrange multiplier,
-Everett, 1963), the least at which it fits, found by bisection.
+Everett, 1963): the least of a few powers of ten at which it fits, then bisection.
 
 Related: Cai et al., TensorOpt, 2020, and Jia et al., OptCNN, 2018 (elimination of nodes); Zheng et
 al., Alpa, 2022 (the same costs as an integer program); OneFlow's solver (reductions, then greedy).
@@ -38,8 +38,8 @@ from .price import Price, price
 #: share of a device's memory that a plan may fill: allocator slack and communication buffers
 #: take the rest (CUDA context and NCCL take 1 to 3 GB of 80)
 MEMORY_SHARE = 0.9
-#: steps of the search for the least price of memory that fits, each a factor of at most 1000
-_BISECTIONS = 5
+#: prices of memory that are tried, as powers of ten, and steps of bisection below the first that fits
+_POWERS, _BISECTIONS = range(-3, 4), 2
 #: meshes with more axes are searched by descent: with 3 axes a hub of a 4-dim tensor has 27,000
 #: states
 JOINT_AXES = 2
@@ -173,14 +173,22 @@ def search_mesh(
     best = task.attempt(0.0)
     if best is None or best.report[0].fits:
         return best
-    # the price of memory that makes the step's peak cost a thousand times its time
-    most = 1000 * best.objective_us / max(1.0, best.price.peak_bytes)
-    frugal = task.attempt(most)
-    if frugal is None or not frugal.report[0].fits:
-        return frugal or best
-    low, high = most / 1e6, most
-    for _ in range(_BISECTIONS):
-        middle = (low * high) ** 0.5
+    # time over peak is the price at which all memory would cost as much as the step takes
+    unit = best.objective_us / max(1.0, best.price.peak_bytes)
+    low, frugal = 0.0, best
+    for power in _POWERS:
+        high = unit * 10.0**power
+        result = task.attempt(high)
+        if result is None:
+            continue
+        if result.report[0].fits:
+            frugal = result
+            break
+        # the sum of bytes stands for the peak, which may rise where the sum falls
+        frugal = min(frugal, result, key=lambda r: r.price.peak_bytes)
+        low = high
+    for _ in range(_BISECTIONS if frugal.report[0].fits else 0):
+        middle = (low + high) / 2
         result = task.attempt(middle)
         if result is not None and result.report[0].fits:
             high, frugal = middle, min(frugal, result, key=lambda r: r.objective_us)
