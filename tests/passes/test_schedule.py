@@ -176,7 +176,7 @@ def test_updates_run_in_place_as_soon_as_their_gradient_is_there(sharded: bool) 
 
 def test_a_step_with_early_updates_needs_less_memory() -> None:
     curves = []
-    module = step(8, sharded=False)
+    module = step(24, sharded=False)
     after = schedule(module)
     curves.append(max(alive(after.entry.ops, _LINE)))
     updates_last = sorted(after.entry.ops, key=lambda op: op.name == "sgd_update")
