@@ -58,12 +58,16 @@ def _collective(module: Module, op: Op) -> str:
         return f"{op.name} wants {source} on axis {name}, {op.operands[0]} has {before[axis]}"
     if after[axis] != target:
         return f"{op.name} gives {target} on axis {name}, {op.results[0]} has {after[axis]}"
-    for other, size in enumerate(mesh.names):
+    for other, its_name in enumerate(mesh.names):
         if other != axis and before[other] != after[other]:
-            return f"{op.name} over {name} changes the placement on {size}"
+            return f"{op.name} over {name} changes the placement on {its_name}"
+    if op.name == "all_to_all" and source == target:
+        return f"all_to_all over {name} has {source} as its source and its target"
+    if op.name == "permute_ranks":
+        return ""
     for moved in (source, target):
         # parts of an outer axis are not contiguous in a dim that an inner axis splits further
-        if source != target and moved.kind == "S" and moved in before[axis + 1 :]:
+        if moved.kind == "S" and moved in before[axis + 1 :]:
             inner = mesh.names[axis + 1 + before[axis + 1 :].index(moved)]
             return f"{op.name} over {name} moves dim {moved.dim}, which {inner} splits further in"
     return ""
@@ -92,7 +96,7 @@ class _Term:
 
 
 def _read(op: Op, terms: Sequence[_Term | None]) -> _Term | str | None:
-    """The result of an op that reads terms (at least one): a term, a finished value, or why not."""
+    """The result of an op that reads terms: a term, a finished value, or why it may not."""
     first = terms[0]
     match op.name, tuple("" if term is None else term.kind for term in terms):
         case ("lse_combine", ("lse",)):
@@ -110,6 +114,8 @@ def _read(op: Op, terms: Sequence[_Term | None]) -> _Term | str | None:
             return None if first.axes == terms[1].axes else "the weight is of other axes"
         case ("add", ("add", "")):
             return None
+        case ("lse_combine", ("",)):
+            return f"{op.operands[0]} holds one value, not one term per rank"
     index = next(index for index, term in enumerate(terms) if term is not None)
     term = terms[index]
     assert term is not None
@@ -135,7 +141,7 @@ class _Terms:
             terms = [table.get(value.name) for value in op.operands]
             if op.name == "free":
                 continue
-            if any(terms):
+            if any(terms) or op.name == "lse_combine":
                 if op.name == "call" and (outs := self._kernel(op, terms)) is not None:
                     table.update((v.name, term) for v, term in zip(op.results, outs, strict=True))
                     continue

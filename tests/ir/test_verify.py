@@ -43,7 +43,7 @@ func @main(%w: f32[4, 4]{B, S(1)}, %x: f32[8, 4]{S(0), B}) -> (f32[4]{P(sum), S(
 SPMD = """\
 weft 1 spmd
 mesh [dp=2, tp=2] "cpu"
-func @main(%q: f32[2, 1, 4, 4]{S(0), B}, %k: f32[2, 1, 8, 4]{S(0), S(2)}, %x: f32[8, 4]{P(sum), B}) -> (f32[2, 1, 4, 4]{S(0), P(sum)}, f32[8, 4]{B, B}) {
+func @main(%q: f32[2, 1, 4, 4]{S(0), B}, %k: f32[2, 1, 8, 4]{S(0), S(2)}, %x: f32[8, 4]{P(sum), B}, %n: f32[2, 1, 4]{S(0), B}) -> (f32[2, 1, 4, 4]{S(0), P(sum)}, f32[8, 4]{B, B}) {
   %o, %l = attention(%q, %k, %k) {scale = 0.5} split [dp = b, tp = t] : f32[2, 1, 4, 4]{S(0), P(sum)}, f32[2, 1, 4]{S(0), B}
   %L = lse_combine(%l) {axis = "tp"} : f32[2, 1, 4]{S(0), B}
   %d = sub(%l, %L) split [dp = a0] : f32[2, 1, 4]{S(0), B}
@@ -146,9 +146,13 @@ CASES: list[tuple[str, str, str, str, str, str]] = [
     (SPMD, '%a = all_to_all(%g) {axis = "dp", source = 0, target = 1} : f32[8, 4]{S(1), B}',
      '%a = all_to_all(%t) {axis = "dp", source = 0, target = 1} : f32[8, 4]{S(1), S(0)}',
      "collective", "W0203", "moves dim 0, which tp splits further in"),
+    (SPMD, '%a = all_to_all(%g) {axis = "dp", source = 0, target = 1} : f32[8, 4]{S(1), B}',
+     '%a = all_to_all(%g) {axis = "dp", source = 0, target = 0} : f32[8, 4]{S(0), B}',
+     "collective", "W0203", "as its source and its target"),
     (SPMD, "sub(%l, %L)", "sub(%L, %l)", "lse-terms", "W0203", "sub reads %l"),
     (SPMD, "sub(%l, %L)", "sub(%l, %l)", "lse-terms", "W0203", "one term per rank of tp"),
     (SPMD, "sub(%l, %L)", "sub(%L, %L)", "lse-terms", "W0203", "mul reads %o"),
+    (SPMD, "lse_combine(%l)", "lse_combine(%n)", "lse-terms", "W0203", "not one term per rank"),
     (SPMD, "exp(%d)", "neg(%d)", "lse-terms", "W0203", "neg reads %d"),
     (SPMD, "return %p", "return %o", "lse-terms", "W0203", "%o is returned"),
     (SPMD, 'lse_combine(%l) {axis = "tp"}', 'lse_combine(%l) {axis = "dp"}', "collective", "W0203",
