@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from ..ir.builder import Builder
 from ..ir.errors import CompileError
 from ..ir.module import Attr, Function, Module, Namer, Op, Value
+from ..ir.opdef import OPS
 from ..ir.types import FLOATS
 from ..passes.outline import Outline
 from .aten import Lowering
@@ -143,13 +144,18 @@ class _Entry:
         for value in entry.params:
             if value.name in marks and value.name not in env and value.name in read:
                 table[value.name] = self.emitter.constant(0, value.type.dtype, value.type.shape)
+        skipped: set[str] = set()  # as torch does with a parameter whose gradient is None
         for op in after:
+            if OPS[op.name].family == "optimizer" and _without_gradient(op, marks, env):
+                skipped.update(value.name for value in op.results)
+                continue
             operands = tuple(table.get(value.name, value) for value in op.operands)
             self.builder.append(op.with_(operands=operands))
         results: list[Value] = []
         attrs: list[Mapping[str, Attr]] = []
         for value, described in zip(entry.results, entry.result_attrs, strict=True):
             missing = value.name in marks and value.name not in table
+            missing = missing or value.name in skipped
             if described.get("role") != "backward" and not missing:
                 results.append(table.get(value.name, value))
                 attrs.append(described)
@@ -159,3 +165,9 @@ class _Entry:
         functions = (*self.module.functions[1:], *self.differentiator.made)
         cleaned = (drop_dead(drop_stops(f)) for f in (function, *functions))
         return prune(self.module.with_(functions=tuple(cleaned)))
+
+
+def _without_gradient(op: Op, marks: Mapping[str, object], env: Mapping[str, Value]) -> bool:
+    """Is an update's gradient a marker of a parameter that the loss does not depend on?"""
+    name = op.operands[1].name
+    return name in marks and name not in env

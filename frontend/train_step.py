@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,12 +21,14 @@ from torch import Tensor
 from ..ir.errors import CompileError
 from ..ir.module import Attr, Function, Module, Value
 from ..ir.types import FLOATS
+from ..passes.outline import Outline
 from .aten import TABLE, Lowering
 from .capture import capture
-from .joint import assemble, joint, prepare
+from .differentiate import Differentiate
+from .joint import joint, prepare
 from .optimizers import Update, add_updates, make, states_of, updates_of
 from .structure import Structure, flatten
-from .trace import Root, distinct, lower_program, name_inputs
+from .trace import Root, distinct, drop_dead, drop_stops, lower_program, name_inputs
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class TracedStep:
     """A traced train step.
 
     Attributes:
-        module: logical IR. Entry parameters: params, buffers, inputs (in order), seed if random,
+        marked: logical IR before differentiation, one flat entry with the markers of `joint.py`.
+            Entry parameters: params, buffers, inputs (in order), seed if random, markers,
             `lr.<group>`, `step`, optimizer states. Results: loss and other outputs, then updates.
         tensors: the user's tensors for params and buffers, and optimizer states where the
             optimizer has stepped before, by entry name; states that are absent start at 0.
@@ -44,12 +48,17 @@ class TracedStep:
         rates: the learning rate of each group at the time of tracing.
     """
 
-    module: Module
+    marked: Module
     tensors: Mapping[str, Tensor]
     inputs: Structure
     input_names: tuple[str, ...]
     outputs: Structure
     rates: tuple[float, ...]
+
+    @cached_property
+    def module(self) -> Module:
+        """The training-level program: repeated blocks outlined, the backward written out."""
+        return Differentiate().run(Outline().run(self.marked))
 
 
 @dataclass(frozen=True)
@@ -205,18 +214,19 @@ def trace_train_step(
         return result, run.grads
 
     root = Root(call, {"": model}, inputs)
-    trained = {exported: name for exported, name in root.state_names().items() if name in updates
-               and dict(model.named_parameters())[name].requires_grad}  # fmt: skip
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    trained = {exported: name for exported, name in root.state_names().items()
+               if name in updates and name not in frozen}  # fmt: skip
     recorder.append(_Recorder(root, optimizer, trained))
     exported = capture(root, distinct(tensors))
     stepped = recorder[0].stepped or []
     entry, state, losses = lower_program(exported, root, names)
     entry = _mark(entry, stepped, losses)
     states = states_of(optimizer, ids, updates)
-    module = _finish(entry, updates, len(rates))
-    known = {str(a["name"]) for a in module.entry.param_attrs}
+    marked = _marked(entry, updates, len(rates))
+    known = {str(a["name"]) for a in marked.entry.param_attrs}
     tensors_by_name = {**state, **{name: t for name, t in states.items() if name in known}}
-    return TracedStep(module, tensors_by_name, inputs, tuple(names), _returned(root), tuple(rates))
+    return TracedStep(marked, tensors_by_name, inputs, tuple(names), _returned(root), tuple(rates))
 
 
 def _returned(root: Root) -> Structure:
@@ -243,15 +253,15 @@ def _mark(entry: Function, stepped: Sequence[str], losses: Mapping[int, Value]) 
     )
 
 
-def _finish(entry: Function, updates: Mapping[str, Update], groups: int) -> Module:
-    marked = [a["name"] for a in entry.param_attrs if a.get("role") == "grad"]
+def _marked(entry: Function, updates: Mapping[str, Update], groups: int) -> Module:
+    """The program before differentiation: gradients are markers, updates read them."""
+    names = [a["name"] for a in entry.param_attrs if a.get("role") == "grad"]
     wrt = frozenset(
         value.name for value, attrs in zip(entry.params, entry.param_attrs, strict=True)
-        if attrs.get("role") == "param" and attrs["name"] in marked
+        if attrs.get("role") == "param" and attrs["name"] in names
     )  # fmt: skip
-    module = assemble(prepare(entry, wrt))
-    entry = add_updates(module.entry, updates, groups)
-    return module.with_(functions=(entry, *module.functions[1:]))
+    entry = add_updates(drop_dead(drop_stops(entry, wrt)), updates, groups)
+    return Module("logical", (entry,))
 
 
 def loss_of(output: Any) -> Tensor:
@@ -297,13 +307,12 @@ def trace_module_train(
 
 def _renamed(traced: TracedStep, names: Sequence[str]) -> TracedStep:
     """The inputs under the names that the module itself gives them."""
-    entry = traced.module.entry
+    entry = traced.marked.entry
     fresh = iter(names)
     attrs = [{**a, "name": next(fresh)} if a.get("role") == "input" else a
              for a in entry.param_attrs]  # fmt: skip
     entry = entry.with_(param_attrs=tuple(attrs))
-    module = traced.module.with_(functions=(entry, *traced.module.functions[1:]))
-    return replace(traced, module=module, input_names=tuple(names))
+    return replace(traced, marked=traced.marked.with_(functions=(entry,)), input_names=tuple(names))
 
 
 def trace_joint(

@@ -12,8 +12,8 @@ from .type_text import near
 from .types import DTYPES, TensorType
 
 #: What the parameters and results of the entry function may be.
-PARAM_ROLES = frozenset({"param", "buffer", "state", "input", "lr", "seed", "tangent"})
-RESULT_ROLES = frozenset({"loss", "output", "update", "grad"})
+PARAM_ROLES = frozenset({"param", "buffer", "state", "input", "lr", "seed", "tangent", "grad"})
+RESULT_ROLES = frozenset({"loss", "output", "update", "grad", "backward"})
 
 
 def _level(module: Module) -> Iterator[Violation]:

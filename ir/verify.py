@@ -22,6 +22,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "spmd": (*_SPMD, *rules_schedule.NOT_YET),
     "schedule": (*_SPMD, *rules_schedule.RULES),
 }
+#: Characters of a line that a message shows: the header of an entry may have thousands.
+_WIDEST = 240
 #: Ops that a message shows before and behind the offending one, ten in all.
 _BEFORE, _BEHIND = 5, 4
 #: Violations that a message counts at most.
@@ -90,6 +92,8 @@ def excerpt(function: Function, index: int) -> list[str]:
         if row != previous + 1:
             out.append("  ...")
         text = rows[row]
+        if len(text) > _WIDEST:
+            text = text[: _WIDEST - 4] + " ..."
         out.append(text)
         if row == mark:
             start = len(text) - len(text.lstrip())
