@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from ..costmodel.cluster import parse_cluster
 from ..ir.module import Module
-from ..passes.base import Pass
-from ..passes.manager import PassManager, Stage
+from ..passes.manager import PassManager
 from ..passes.pipeline import parse_pipeline
+from ..passes.registry import PASSES
+from .differentiate import Differentiate
 from .options import Options
 from .plan import Plan
 from .report import Dump
@@ -24,10 +26,23 @@ from .report import Dump
 _PATIENCE_S = 2.0
 
 
-def default_pipeline(cluster: str, mesh: str = "") -> str:
-    """The passes from a training-level logical module to a schedule."""
+#: this floor's passes join the table that the pipeline's text form knows
+PASSES.setdefault(Differentiate.name, Differentiate)
+
+
+def default_pipeline(kind: str, cluster: str, mesh: str = "") -> str:
+    """The passes from a traced program to a schedule.
+
+    Args:
+        kind: `train` (a step with its updates), `forward`, or `joint` (already differentiated).
+    """
+    first = {
+        "train": "simplify,outline,differentiate,simplify",
+        "forward": "simplify,outline",
+        "joint": "simplify",
+    }[kind]
     place = f"place[cluster={json.dumps(cluster)}{f' mesh={mesh}' if mesh else ''}]"
-    return f"{place},lower,fuse,schedule"
+    return f"{first},{place},lower,fuse,schedule"
 
 
 class Progress:
@@ -55,44 +70,60 @@ class Progress:
             self.status.stop()
 
 
-def run_passes(
-    module: Module, passes: Sequence[Pass], options: Options, progress: Progress
-) -> list[Stage]:
-    """Run passes; the stages, the input first."""
-    manager = PassManager(
-        passes,
-        verify_each=options.verify_each,
-        reproducers=options.cache / "reproducers",
-        progress=lambda index, count, item: progress(f"{item.name} ({index + 1} of {count})"),
-    )
-    manager.run(module)
-    return manager.stages
+@dataclass(frozen=True)
+class Program:
+    """A traced program, ready to be planned.
+
+    Attributes:
+        kind: `train`, `forward` or `joint`.
+        target: its name.
+        module: logical IR.
+        weights, inputs: tensors by name; meta tensors are left out.
+        meta: what running needs to know besides.
+    """
+
+    kind: str
+    target: str
+    module: Module
+    weights: Mapping[str, Tensor]
+    inputs: Mapping[str, Tensor]
+    meta: Mapping[str, Any]
 
 
-def plan_module(
-    stages: Sequence[Stage],
-    *,
-    target: str,
-    cluster: str,
-    mesh: str,
-    options: Options,
-    progress: Progress,
-    weights: Mapping[str, Tensor],
-    inputs: Mapping[str, Tensor],
-    meta: Mapping[str, Any],
+def plan_program(
+    program: Program, cluster: str, mesh: str, options: Options, progress: Progress
 ) -> Plan:
-    """Plan a logical module, the last of the stages that the frontend made, for a cluster.
+    """Plan a traced program for a cluster.
 
     Args:
         mesh: axis sizes such as `2x2`, or empty to search for the best mesh.
 
     Raises CompileError.
     """
-    parsed = parse_cluster(cluster)
-    passes = parse_pipeline(options.pipeline or default_pipeline(cluster, mesh))
-    module = stages[-1].module
-    later = run_passes(module, passes, options, progress)
-    all_stages = [*stages, *later[1:]]
-    dumps = tuple(Dump(s.name, s.module, f"{s.seconds:.2f} s") for s in all_stages)
-    made_by = tuple(stage.made_by for stage in all_stages)
-    return Plan(target, parsed, dumps, made_by, dict(weights), dict(inputs), dict(meta))
+    parsed = parse_cluster(cluster)  # a typo is told before the work begins
+    text = options.pipeline or default_pipeline(program.kind, cluster, mesh)
+    manager = PassManager(
+        parse_pipeline(text),
+        verify_each=options.verify_each,
+        reproducers=options.cache / "reproducers",
+        progress=lambda index, count, item: progress(f"{item.name} ({index + 1} of {count})"),
+    )
+    manager.run(program.module)
+    first, *later = manager.stages
+    dumps = [
+        Dump("trace", first.module),
+        *(Dump(s.name, s.module, f"{s.seconds:.2f} s") for s in later),
+    ]
+    return Plan(
+        program.target,
+        parsed,
+        tuple(dumps),
+        tuple(stage.made_by for stage in manager.stages),
+        _real(program.weights),
+        _real(program.inputs),
+        dict(program.meta),
+    )
+
+
+def _real(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
