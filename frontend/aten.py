@@ -22,6 +22,7 @@ from ..ir.errors import CompileError, Span
 from ..ir.module import NOWHERE, Attr, Location, Op, Value
 from ..ir.ops import OPS
 from ..ir.types import FLOATS, TensorType
+from ..ir.verify import user_span
 from ..runtime.context import WEFT_DTYPES, tensor_type
 from .locate import node_location
 
@@ -298,7 +299,7 @@ def _template(item: Any, operands: list[Value]) -> Any:
 
 
 def _span(loc: Location) -> Span | None:
-    return Span(loc.file, loc.line, 1) if loc.file else None
+    return user_span(loc.file, loc.line)
 
 
 def dims_of(dims: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:

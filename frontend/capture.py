@@ -21,12 +21,13 @@ from torch._subclasses.fake_tensor import (
 from torch.export import ExportedProgram, default_decompositions, export
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx.proxy import TracerBase
 
 from ..ir.errors import CompileError
 from ..ir.module import Value
 from . import aten_nn, aten_pointwise, aten_shape
 from .aten import TABLE, Lowering
-from .locate import user_span, user_traceback
+from .locate import user_frames, user_span, user_traceback
 
 _ENTRIES = (aten_nn, aten_pointwise, aten_shape)  # importing them fills TABLE
 
@@ -70,11 +71,23 @@ def capture(root: torch.nn.Module, tensors: Sequence[Tensor]) -> ExportedProgram
 
     Raises CompileError W0301, W0302; an exception of the user's program passes through.
     """
-    with diagnosed():
+    with diagnosed(), _places():
         program = export(root, tuple(tensors), strict=False)
     with diagnosed():
         _mark_stops(program.graph_module)
         return program.run_decompositions(dict(decompositions()))
+
+
+@contextmanager
+def _places() -> Iterator[None]:
+    """Let torch record where in the user's program an op stands: it keeps frames of functions
+    called `forward` only, which leaves out train steps and helpers."""
+    original = TracerBase._filter_traceback_frames
+    TracerBase._filter_traceback_frames = lambda self, stack: user_frames(stack)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        TracerBase._filter_traceback_frames = original  # type: ignore[method-assign]
 
 
 def _mark_stops(module: GraphModule) -> None:
@@ -95,32 +108,31 @@ def _mark_stops(module: GraphModule) -> None:
         inner.recompile()
 
 
-@contextmanager
-def diagnosed() -> Iterator[None]:
-    """Turn failures of tracing into diagnostics, and shorten tracebacks of the user's own."""
-    with _quiet():
-        try:
-            yield
-        except CompileError:
-            raise
-        except _DATA_DEPENDENT as error:
-            raise _data_dependent(error) from None
-        except _TRACING as error:
-            raise _untraceable(error) from None
-        except Exception as error:  # noqa: BLE001 - sorted out by where it was raised, and re-raised
-            kept = user_traceback(error.__traceback__)
-            if kept is None or _is_torch_bug(error):
-                raise _untraceable(error) from error
-            failure = error
-        else:
+class diagnosed:
+    """Turn failures of tracing into diagnostics, and shorten tracebacks of the user's own.
+
+    A class, since a generator's context manager would put the long traceback back.
+    """
+
+    def __enter__(self) -> None:
+        self._quiet = _quiet()
+        self._quiet.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:  # fmt: skip
+        self._quiet.__exit__(None, None, None)
+        if isinstance(error, CompileError) or not isinstance(error, Exception):
             return
-    _reraise(failure, user_traceback(failure.__traceback__))
-
-
-def _reraise(error: Exception, tb: TracebackType | None) -> None:
-    """Raise the user's own exception again, without the frames of torch and weft in between."""
-    error.__suppress_context__ = True
-    raise error.with_traceback(tb)
+        if isinstance(error, _DATA_DEPENDENT):
+            raise _data_dependent(error) from None
+        kept = user_traceback(tb)
+        if isinstance(error, _TRACING) or kept is None or _is_torch_bug(error):
+            raise _untraceable(error) from error
+        # the user's own exception, without the frames of torch and weft in between
+        error.__suppress_context__ = True
+        raise error.with_traceback(kept)
 
 
 def _is_torch_bug(error: Exception) -> bool:

@@ -9,11 +9,11 @@ like any value; `assemble` replaces them by the backward itself.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from ..ir.builder import Builder
 from ..ir.errors import CompileError
 from ..ir.module import Attr, Function, Module, Namer, Op, Value
-from ..ir.opdef import OPS
 from ..ir.types import FLOATS
 from ..passes.outline import Outline
 from .aten import Lowering
@@ -30,40 +30,84 @@ def prepare(function: Function, wrt: frozenset[str]) -> Module:
     return Outline().run(Module("logical", (function,)))
 
 
-def assemble(module: Module) -> Module:
-    """Replace the markers of an entry by its backward.
+@dataclass(frozen=True)
+class _Markers:
+    """The markers of an entry, and its ops that do not and that do depend on gradients."""
 
-    Gradients that are zero by structure: a result of role `grad` that would be one is left out.
-    Raises CompileError W0304 when a loss depends on a gradient.
+    grads: Mapping[str, Mapping[str, Attr]]  #: value name -> attributes of a `grad` parameter
+    sources: Mapping[str, Value]  #: value name of a `grad` parameter -> what it is the gradient of
+    losses: Mapping[Attr, Value]
+    before: list[Op]
+    after: list[Op]
+
+    @staticmethod
+    def of(entry: Function) -> _Markers:
+        """Raises CompileError W0304 when a loss depends on a gradient."""
+        params = list(zip(entry.params, entry.param_attrs, strict=True))
+        results = zip(entry.results, entry.result_attrs, strict=True)
+        grads = {value.name: attrs for value, attrs in params if attrs.get("role") == "grad"}
+        named = {a.get("name"): value for value, a in params if a.get("role") != "grad"}
+        losses = {attrs["of"]: value for value, attrs in results if attrs.get("role") == "backward"}
+        before, after = split_ops(entry.ops, grads)
+        late = {value.name for op in after for value in op.results}
+        if any(value.name in late for value in losses.values()):
+            raise CompileError(
+                "W0304", "a second backward() depends on gradients of the first",
+                hint="compile a step with one backward(), or several of independent losses",
+            )  # fmt: skip
+        sources = {name: named[attrs["name"]] for name, attrs in grads.items()}
+        return _Markers(grads, sources, losses, before, after)
+
+
+def settle(entry: Function) -> Function:
+    """Drop gradients that are zero by structure, as torch leaves `grad` of such parameters None.
+
+    Their markers become zeros where they are read; a result of role `grad` goes when no
+    `backward()` gives its parameter a gradient. Raises CompileError W0304.
     """
-    entry = module.entry
-    marks = {value.name: attrs for value, attrs in zip(entry.params, entry.param_attrs, strict=True)
-             if attrs.get("role") == "grad"}  # fmt: skip
-    losses = {attrs["of"]: value for value, attrs in zip(entry.results, entry.result_attrs,
-                                                         strict=True)
-              if attrs.get("role") == "backward"}  # fmt: skip
-    before, after = split_ops(entry.ops, marks)
-    late = {value.name for op in after for value in op.results}
-    if any(value.name in late for value in losses.values()):
-        raise CompileError(
-            "W0304", "a second backward() depends on gradients of the first",
-            hint="compile a step with one backward(), or several of independent losses",
-        )  # fmt: skip
-    by_name = {attrs.get("name"): value for value, attrs in
-               zip(entry.params, entry.param_attrs, strict=True)
-               if attrs.get("role") != "grad"}  # fmt: skip
-    wrt = {by_name[attrs["name"]].name for attrs in marks.values()}
-    seeds: dict[Attr, dict[str, Value | None]] = {
-        number: {loss.name: None} for number, loss in losses.items()
+    marks = _Markers.of(entry)
+    search = Differentiator(Module("logical", (entry,)))
+    active = search.active(marks.before, {value.name for value in marks.sources.values()})
+    reached = {
+        number: search.reached(marks.before, active, {loss.name})
+        for number, loss in marks.losses.items()
     }
-    work = _Entry(module, before, wrt, seeds)
+    zero = {name for name, attrs in marks.grads.items()
+            if marks.sources[name].name not in reached[attrs["of"]]}  # fmt: skip
+    alive = {marks.grads[name]["name"] for name in marks.grads if name not in zero}
+    builder = Builder(Namer(tuple(v.name for op in entry.ops for v in op.results)))
+    c, table = Lowering(builder), dict[str, Value]()
+    for value, attrs in zip(entry.params, entry.param_attrs, strict=True):
+        if value.name in zero:
+            table[value.name] = c.constant(0, value.type.dtype, value.type.shape)
+        else:
+            builder.params.append(value)
+            builder.param_attrs.append(attrs)
+    for op in entry.ops:
+        builder.append(op.with_(operands=tuple(table.get(v.name, v) for v in op.operands)))
+    kept = [(table.get(value.name, value), attrs)
+            for value, attrs in zip(entry.results, entry.result_attrs, strict=True)
+            if attrs.get("role") != "grad" or attrs["name"] in alive]  # fmt: skip
+    return drop_dead(
+        builder.function(entry.name, [v for v, _ in kept], [a for _, a in kept], entry.attrs)
+    )
+
+
+def assemble(module: Module) -> Module:
+    """Replace the markers of an entry by its backward. Raises CompileError W0302, W0304."""
+    marks = _Markers.of(module.entry)
+    wrt = {value.name for value in marks.sources.values()}
+    seeds: dict[Attr, dict[str, Value | None]] = {
+        number: {loss.name: None} for number, loss in marks.losses.items()
+    }
+    work = _Entry(module, marks.before, wrt, seeds)
     found = {number: work.gradients(seed) for number, seed in seeds.items()}
     env: dict[str, Value] = {}
-    for name, attrs in marks.items():
-        grad = found[attrs["of"]].get(by_name[attrs["name"]].name)
-        if grad is not None:
-            env[name] = grad
-    return work.finish(after, env, marks)
+    for name, attrs in marks.grads.items():
+        source = marks.sources[name]
+        grad = found[attrs["of"]].get(source.name)
+        env[name] = grad or work.emitter.constant(0, source.type.dtype, source.type.shape)
+    return work.finish(marks.after, env)
 
 
 def joint(module: Module, wrt: Sequence[str]) -> Module:
@@ -94,7 +138,7 @@ def joint(module: Module, wrt: Sequence[str]) -> Module:
         if param.name in wrt and param.name in grads:
             extra.append(grads[param.name])
             attrs.append({"role": "grad", "name": described["name"]})
-    return work.finish([], {}, {}, extra, attrs)
+    return work.finish([], {}, extra, attrs)
 
 
 class _Entry:
@@ -134,40 +178,33 @@ class _Entry:
         self,
         after: Sequence[Op],
         env: Mapping[str, Value],
-        marks: Mapping[str, Mapping[str, Attr]],
         extra: Sequence[Value] = (),
         extra_attrs: Sequence[Mapping[str, Attr]] = (),
     ) -> Module:
-        """The module: `after` follows, markers are replaced by `env` or by zeros."""
-        entry, table = self.module.entry, dict(env)
-        read = {value.name for op in after for value in op.operands}
-        for value in entry.params:
-            if value.name in marks and value.name not in env and value.name in read:
-                table[value.name] = self.emitter.constant(0, value.type.dtype, value.type.shape)
-        skipped: set[str] = set()  # as torch does with a parameter whose gradient is None
+        """The module, with markers replaced by `env`.
+
+        Each op of `after` stands as early as it can, so that a gradient that was used is free
+        while the backward goes on.
+        """
+        entry = self.module.entry
+        ready = {v.name: i for i, op in enumerate(self.builder.ops) for v in op.results}
+        behind: dict[int, list[Op]] = {}
         for op in after:
-            if OPS[op.name].family == "optimizer" and _without_gradient(op, marks, env):
-                skipped.update(value.name for value in op.results)
-                continue
-            operands = tuple(table.get(value.name, value) for value in op.operands)
-            self.builder.append(op.with_(operands=operands))
-        results: list[Value] = []
-        attrs: list[Mapping[str, Attr]] = []
-        for value, described in zip(entry.results, entry.result_attrs, strict=True):
-            missing = value.name in marks and value.name not in table
-            missing = missing or value.name in skipped
-            if described.get("role") != "backward" and not missing:
-                results.append(table.get(value.name, value))
-                attrs.append(described)
+            op = op.with_(operands=tuple(env.get(value.name, value) for value in op.operands))
+            place = max((ready.get(value.name, -1) for value in op.operands), default=-1)
+            behind.setdefault(place, []).append(op)
+            ready.update((value.name, place) for value in op.results)
+        ops = behind.get(-1, [])
+        for index, op in enumerate(self.builder.ops):
+            ops += [op, *behind.get(index, ())]
+        self.builder.ops = ops
+        kept = [(env.get(value.name, value), attrs)
+                for value, attrs in zip(entry.results, entry.result_attrs, strict=True)
+                if attrs.get("role") != "backward"]  # fmt: skip
         function = self.builder.function(
-            entry.name, [*results, *extra], [*attrs, *extra_attrs], entry.attrs
-        )
+            entry.name, [*(v for v, _ in kept), *extra], [*(a for _, a in kept), *extra_attrs],
+            entry.attrs,
+        )  # fmt: skip
         functions = (*self.module.functions[1:], *self.differentiator.made)
         cleaned = (drop_dead(drop_stops(f)) for f in (function, *functions))
         return prune(self.module.with_(functions=tuple(cleaned)))
-
-
-def _without_gradient(op: Op, marks: Mapping[str, object], env: Mapping[str, Value]) -> bool:
-    """Is an update's gradient a marker of a parameter that the loss does not depend on?"""
-    name = op.operands[1].name
-    return name in marks and name not in env

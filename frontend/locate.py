@@ -15,8 +15,9 @@ from torch.fx import Node
 from ..ir.errors import Span
 from ..ir.module import Location
 
+_OWN = f"{Path(__file__).parent}/"
 #: frames below these folders are not the user's: torch, and the frontend itself
-_INTERNAL = (f"{Path(torch.__file__).parent}/", f"{Path(__file__).parent}/")
+_INTERNAL = (f"{Path(torch.__file__).parent}/", _OWN)
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in ')
 
 
@@ -48,6 +49,17 @@ def node_location(node: Node, prefix: str = "") -> Location:
     """Where a traced node comes from."""
     file, line = _user_frame(node.meta.get("stack_trace") or "")
     return Location(module_path(node, prefix), file, line)
+
+
+def user_frames(stack: traceback.StackSummary) -> traceback.StackSummary:
+    """The frames of the program that is being traced, outermost first."""
+    kept: list[traceback.FrameSummary] = []
+    for frame in reversed(stack):
+        if frame.filename.startswith(_OWN):
+            break  # further out is whoever called the tracing
+        if not is_internal(frame.filename):
+            kept.append(frame)
+    return traceback.StackSummary.from_list(kept[::-1])
 
 
 def user_span(tb: TracebackType | None) -> Span | None:

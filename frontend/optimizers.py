@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..ir.builder import Builder
 from ..ir.errors import CompileError
-from ..ir.module import Attr, Function, Location, Namer, Op, Value
+from ..ir.module import Attr, Function, Location, Namer, Value
 from ..ir.types import TensorType
 
 
@@ -136,7 +136,6 @@ def add_updates(entry: Function, updates: Mapping[str, Update], groups: int) -> 
     """Replace the results of role `grad` by updates of parameters, states and the step counter.
 
     Adds the parameters `lr.<group>` (role `lr`), `step` and the optimizer states (role `state`).
-    Each update stands right behind its gradient, so that the gradient may be freed early.
     """
     names = [p.name for p in entry.params] + [v.name for op in entry.ops for v in op.results]
     builder = Builder(Namer(tuple(names)))
@@ -152,7 +151,7 @@ def add_updates(entry: Function, updates: Mapping[str, Update], groups: int) -> 
     kept = [(v, a) for v, a in zip(entry.results, entry.result_attrs, strict=True)
             if a.get("role") != "grad"]  # fmt: skip
     results = [(step, {"role": "update", "updates": "step"})]
-    behind: dict[str, list[Op]] = {}
+    builder.ops = [*entry.ops, *builder.ops]
     for name, grad in grads.items():
         update, param = updates[name], params[name]
         states = [builder.param(param.type, f"{key}/{name}", role="state", name=f"{key}/{name}")
@@ -160,15 +159,8 @@ def add_updates(entry: Function, updates: Mapping[str, Update], groups: int) -> 
         operands = [param, grad, *states, step, rates[update.group]]
         loc = Location(name.rpartition(".")[0])
         outs = builder.many(update.op, operands, update.attrs, loc=loc)
-        behind.setdefault(grad.name, []).append(builder.ops.pop())
         targets = [name, *(f"{key}/{name}" for key in update.states)]
         results += [(value, {"role": "update", "updates": target})
                     for value, target in zip(outs, targets, strict=True)]  # fmt: skip
-    first = {p.name for p in entry.params}
-    ops = [*builder.ops, *(op for name in behind if name in first for op in behind[name])]
-    for op in entry.ops:
-        ops.append(op)
-        ops += [late for value in op.results for late in behind.get(value.name, ())]
-    builder.ops = ops
     values: Sequence[tuple[Value, Mapping[str, Attr]]] = [*kept, *results]
     return builder.function(entry.name, [v for v, _ in values], [a for _, a in values], entry.attrs)

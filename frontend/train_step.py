@@ -25,10 +25,10 @@ from ..passes.outline import Outline
 from .aten import TABLE, Lowering
 from .capture import capture
 from .differentiate import Differentiate
-from .joint import joint, prepare
+from .joint import joint, prepare, settle
 from .optimizers import Update, add_updates, make, states_of, updates_of
 from .structure import Structure, flatten
-from .trace import Root, distinct, drop_dead, drop_stops, lower_program, name_inputs
+from .trace import Root, distinct, drop_stops, lower_program, name_inputs
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,7 @@ def _marked(entry: Function, updates: Mapping[str, Update], groups: int) -> Modu
         value.name for value, attrs in zip(entry.params, entry.param_attrs, strict=True)
         if attrs.get("role") == "param" and attrs["name"] in names
     )  # fmt: skip
-    entry = add_updates(drop_dead(drop_stops(entry, wrt)), updates, groups)
+    entry = add_updates(settle(drop_stops(entry, wrt)), updates, groups)
     return Module("logical", (entry,))
 
 
