@@ -95,6 +95,9 @@ class _Term:
     axes: frozenset[str]
 
 
+_Results = tuple[_Term | None, ...]
+
+
 def _read(op: Op, terms: Sequence[_Term | None]) -> _Term | str | None:
     """The result of an op that reads terms: a term, a finished value, or why it may not."""
     first = terms[0]
@@ -129,11 +132,13 @@ class _Terms:
     """Follows unfinished values through the functions."""
 
     def __init__(self, module: Module) -> None:
-        self.module, self.mesh = module, mesh_of(module)
+        self.mesh = mesh_of(module)
+        self.functions = {function.name: function for function in module.functions}
+        self.kernels: dict[tuple[str, _Results], _Results | None] = {}
 
     def function(
         self, function: Function, known: Sequence[_Term | None]
-    ) -> Iterator[Violation | tuple[_Term | None, ...]]:
+    ) -> Iterator[Violation | _Results]:
         """Violations, and last what the results are."""
         table: dict[str, _Term | None] = {}
         table.update((v.name, term) for v, term in zip(function.params, known, strict=True))
@@ -141,10 +146,9 @@ class _Terms:
             terms = [table.get(value.name) for value in op.operands]
             if op.name == "free":
                 continue
-            if any(terms) or op.name == "lse_combine":
-                if op.name == "call" and (outs := self._kernel(op, terms)) is not None:
-                    table.update((v.name, term) for v, term in zip(op.results, outs, strict=True))
-                    continue
+            if op.name == "call" and (outs := self._kernel(op, terms)) is not None:
+                table.update((v.name, term) for v, term in zip(op.results, outs, strict=True))
+            elif any(terms) or op.name == "lse_combine":
                 after = _read(op, terms)
                 if isinstance(after, str):
                     yield Violation(after, function, index, "W0203")
@@ -157,25 +161,27 @@ class _Terms:
                 table[own.name] = _Term("lse", axes)
         yield tuple(table.get(value.name) for value in function.results)
 
-    def _kernel(self, op: Op, terms: Sequence[_Term | None]) -> tuple[_Term | None, ...] | None:
+    def _kernel(self, op: Op, terms: Sequence[_Term | None]) -> _Results | None:
         """What a kernel returns: it may hold a part of a fix-up. None where it misuses a term."""
-        callee = self.module.function(str(op.attrs["callee"]))
+        callee = self.functions[str(op.attrs["callee"])]
         if "kernel" not in callee.attrs:
             return None
-        *violations, results = self.function(callee, terms)
-        return results if not violations and isinstance(results, tuple) else None
+        key = (callee.name, tuple(terms))
+        if key not in self.kernels:
+            *violations, results = self.function(callee, terms)
+            valid = not violations and isinstance(results, tuple)
+            self.kernels[key] = results if valid else None  # type: ignore[assignment]
+        return self.kernels[key]
 
     def check(self) -> Iterator[Violation]:
-        """Violations in all functions; kernels are looked at where they are called."""
-        for function in self.module.functions:
-            if "kernel" in function.attrs:
-                continue
+        """Violations in all functions; kernels may take and return terms, others may not."""
+        for function in self.functions.values():
             for item in self.function(function, [None] * len(function.params)):
                 if isinstance(item, Violation):
                     yield item
                     continue
                 for value, term in zip(function.results, item, strict=True):
-                    if term is not None:
+                    if term is not None and "kernel" not in function.attrs:
                         message = f"{value} is returned, but its log-sum-exp fix-up is missing"
                         yield Violation(message, function, len(function.ops), "W0203")
 
