@@ -45,7 +45,7 @@ class Node:
     """A value at each point of the space.
 
     Attributes:
-        op: `load`, `const`, `column`, `row`, `reduce`, `cast`, `round`, or a key of
+        op: `load`, `const`, `column`, `row`, `reduce`, `row_sum`, `cast`, `round`, or a key of
             `printer.SOURCES`.
         args: operands.
         dtype: compute dtype.

@@ -22,7 +22,7 @@ from .pointwise import OPTIMIZER, POINTWISE
 #: names that the text of a kernel uses itself
 RESERVED = (
     "tl", "torch", "triton", "launch", "kernel", "pid", "row", "col", "start", "blocks", "n_rows",
-    "n_cols", "BLOCK_M", "BLOCK_N", "NUM_WARPS", "in_rows", "in_cols", "strided", "size", "grid",
+    "n_cols", "BLOCK_M", "BLOCK_N", "NUM_WARPS", "n_strips", "block", "in_rows", "in_cols", "strided", "size", "grid",
     "n", *(f"d{i}" for i in range(16)),
 )  # fmt: skip
 
@@ -212,6 +212,8 @@ def _reduce(kind: str) -> Callable[[_Builder, Op, int], tuple[Node, ...]]:
     def rule(b: _Builder, op: Op, shift: int) -> tuple[Node, ...]:
         (operand,) = op.operands
         x = b.node(operand, 0).to(compute_dtype(op.result.type.dtype))
+        if op.result.name in b.space.row_sums:
+            return (b.graph.make("row_sum", (x,), x.dtype, rows=False, column=True),)
         length = next(
             size
             for size, place in zip(operand.type.shape, b.space.maps[operand.name], strict=True)

@@ -17,6 +17,9 @@ TILE = 1024
 #: Rows up to this length are kept in registers; at 512 threads that is 16 elements a thread for
 #: each live tensor, and a kernel with 6 of them stays below the 128 registers a thread may use.
 PERSISTENT = 8192
+#: Most programs that share the rows where each keeps sums over its rows: two for each of the 132 SMs of
+#: an H100. It is a constant so that sums come out the same on every device.
+STRIPS = 264
 #: Columns per step of a row that is read in a loop.
 STEP = 2048
 
@@ -33,6 +36,8 @@ class Layout:
         block_m, block_n: rows and columns of a tile.
         columns: length of the column on the rank that has most of it.
         warps: warps of a program.
+        strips: most programs that share the rows where sums over rows are kept, each walking a
+            part of them; 0 where there are no such sums.
     """
 
     kind: str
@@ -42,6 +47,7 @@ class Layout:
     block_n: int
     columns: int
     warps: int
+    strips: int = 0
 
 
 def nodes_of(kernel: Kernel) -> Iterator[Node]:
@@ -87,7 +93,7 @@ def _adjacent(kernel: Kernel, left: int, right: int) -> bool:
 
 def _plain_column(kernel: Kernel) -> bool:
     """Is the column only an index, so that it may be walked together with rows?"""
-    if kernel.space.reduces or kernel.space.column is None:
+    if kernel.space.reduces or kernel.space.row_sums or kernel.space.column is None:
         return False
     size = kernel.space.column.size
     if any(column_length(kernel, value) not in (0, size) for value in tensors_of(kernel)):
@@ -134,10 +140,11 @@ def layout(kernel: Kernel, mesh: Mesh | None = None, persistent: int = PERSISTEN
     if not groups and _plain_column(kernel):
         return Layout("flat", *shape, 1, TILE, columns, 4)
     width = power_of_two(columns)
+    strips = STRIPS if space.row_sums else 0
     if not space.reduces:
         width = min(width, TILE)
-        return Layout("tile", *shape, TILE // width, width, columns, 4)
-    if columns > persistent:
+        return Layout("tile", *shape, TILE // width, width, columns, 4, strips)
+    if columns > persistent and not strips:
         return Layout("looped", *shape, 1, min(STEP, width), columns, 8)
     warps = 4 * max(1, min(4, width // TILE))
-    return Layout("persistent", *shape, max(1, TILE // width), width, columns, warps)
+    return Layout("persistent", *shape, max(1, TILE // width), width, columns, warps, strips)

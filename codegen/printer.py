@@ -62,8 +62,8 @@ def _exact_in_f32(value: Number) -> bool:
 class Body:
     """Prints the body of one kernel.
 
-    `lines` is the text so far. A looped kernel has two scopes: `inner` are the lines of the loop
-    under construction; what does not vary along the column goes before the loop.
+    `lines` is the text so far. Where there is a loop, `inner` are the lines of the one under
+    construction; what does not vary along it (`axis`: the column, or the rows) goes before it.
     """
 
     def __init__(self, kernel: Kernel, layout: Layout) -> None:
@@ -71,6 +71,7 @@ class Body:
         self.values = {name: value for name, value in kernel.params}
         self.lines: list[str] = []
         self.inner: list[str] | None = None
+        self.axis = "rows" if layout.strips else "column"
         self.outer_memo: dict[int, str] = {}
         self.inner_memo: dict[int, str] = {}
         self.count = 0
@@ -80,13 +81,18 @@ class Body:
         kind = self.layout.kind
         if kind == "flat":
             self._flat_header()
-        else:
-            self._row_header()
-        if kind == "looped":
+        elif kind == "looped":
+            self.lines += ["pid = tl.program_id(0)", *self._row_lines("pid")]
             self._looped()
+            return self.lines
+        elif self.layout.strips:
+            self._strip()
+            return self.lines
         else:
-            for output in self.kernel.outputs:
-                self.store(output)
+            self.lines += self._column_lines()
+            self.lines += self._row_lines("pid // blocks" if kind == "tile" else "pid")
+        for output in self.kernel.outputs:
+            self.store(output)
         return self.lines
 
     # ---- headers ----
@@ -97,16 +103,22 @@ class Body:
             "in_cols = col < n_cols",
         ]
 
-    def _row_header(self) -> None:
-        across = self.layout.kind == "tile"
-        program = "pid // blocks" if across else "pid"
-        self.lines += ["pid = tl.program_id(0)"]
-        if across:
-            self.lines += ["blocks = tl.cdiv(n_cols, BLOCK_N)"]
-        self.lines += [
-            f"row = ({program}) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]"
-            if across
-            else "row = pid * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]",
+    def _column_lines(self) -> list[str]:
+        lines = ["pid = tl.program_id(0)"]
+        if self.layout.kind == "tile":
+            lines += [
+                "blocks = tl.cdiv(n_cols, BLOCK_N)",
+                "col = (pid % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]",
+            ]
+        else:
+            lines += ["col = tl.arange(0, BLOCK_N)[None, :]"]
+        return [*lines, "in_cols = col < n_cols"]
+
+    def _row_lines(self, block: str) -> list[str]:
+        """Rows of a block, and the index of each group of row dims."""
+        block = block if block.isidentifier() else f"({block})"
+        lines = [
+            f"row = {block} * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]",
             "in_rows = row < n_rows",
         ]
         groups = len(self.layout.groups)
@@ -117,14 +129,9 @@ class Body:
                 text += f" // ({inner})" if "*" in inner else f" // {inner}"
             if g:
                 text += f" % size_{g}"
-            self.lines.append(f"row_{g} = ({text}).to(tl.int64)" if " " in text
-                              else f"row_{g} = row.to(tl.int64)")  # fmt: skip
-        if across:
-            self.lines += ["col = (pid % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]"]
-        elif self.layout.kind == "persistent":
-            self.lines += ["col = tl.arange(0, BLOCK_N)[None, :]"]
-        if self.layout.kind != "looped":
-            self.lines += ["in_cols = col < n_cols"]
+            text = f"({text})" if " " in text else text
+            lines.append(f"row_{g} = {text}.to(tl.int64)")
+        return lines
 
     # ---- loops ----
 
@@ -141,6 +148,33 @@ class Body:
             for output in rest:
                 self.store(output)
             self._close_loop()
+
+    def _strip(self) -> None:
+        """Programs walk every `n_strips`-th block of rows, and keep sums over their rows."""
+        self.lines += self._column_lines()
+        first = "pid // blocks" if self.layout.kind == "tile" else "pid"
+        sums = [output for output in self.kernel.outputs if output.node.op == "row_sum"]
+        names = {}
+        for output in sums:
+            names[output.name] = self._name("acc_rows")
+            dtype = TL[output.node.dtype]
+            self.lines.append(
+                f"{names[output.name]} = tl.zeros([BLOCK_M, BLOCK_N], dtype={dtype})"
+            )
+        self.inner, self.inner_memo = [], {}
+        for output in self.kernel.outputs:
+            if output.node.op != "row_sum":
+                self.store(output)
+        for output in sums:
+            x, name = self._operand(output.node, 0), names[output.name]
+            self.inner.append(f"{name} = {name} + tl.where(in_rows & in_cols, {x}, 0)")
+        self.lines.append(f"for block in range({first}, tl.cdiv(n_rows, BLOCK_M), n_strips):")
+        self.lines += [_INDENT + line for line in self._row_lines("block") + self.inner]
+        self.inner = None
+        for output in sums:
+            at = f"{output.name}_ptr + ({first}) * n_cols + col"
+            total = f"tl.sum({names[output.name]}, axis=0, keep_dims=True)"
+            self.lines.append(f"tl.store({at}, {total}, mask=in_cols)")
 
     def _without_column(self, value: Value) -> bool:
         return COLUMN not in self.kernel.space.maps[value.name]
@@ -187,7 +221,7 @@ class Body:
         """Print what computes a node, once; returns its name, or its text where it is a number."""
         if node.op == "const":
             return number(node.data[0], node.dtype)  # type: ignore[arg-type]
-        inside = self.inner is not None and node.column
+        inside = self.inner is not None and getattr(node, self.axis)
         memo = self.inner_memo if inside else self.outer_memo
         if id(node) not in memo:
             stem, text = self._text(node)

@@ -10,7 +10,7 @@ from ..ir.module import Function, Value
 from ..ir.text import print_op
 from ..ir.types import Mesh
 from ..passes.space import COLUMN
-from .kernel import Kernel, build
+from .kernel import Kernel, Output, build
 from .layout import PERSISTENT, Layout, column_length, layout, places
 from .printer import Body, param_groups
 
@@ -131,13 +131,19 @@ def _wrapped(names: list[str]) -> list[str]:
 def _arguments(kernel: Kernel, plan: Layout) -> dict[str, str]:
     """The kernel's arguments and their Triton types."""
     out = {f"{name}_ptr": _POINTER[value.type.dtype] for name, value in kernel.params}
-    out.update({f"{o.name}_ptr": _POINTER[o.value.type.dtype] for o in kernel.outputs})
+    out.update({f"{o.name}_ptr": _POINTER[_stored(o)] for o in kernel.outputs})
     if plan.kind == "flat":
         return {**out, "n_cols": "i32"}
     for name, value in kernel.params:
         out.update({f"{name}_s{g}": "i32" for g in param_groups(kernel, plan, value)})
     out.update({f"size_{g}": "i32" for g in range(1, len(plan.groups))})
-    return {**out, "n_rows": "i32", "n_cols": "i32"}
+    out.update({"n_rows": "i32", "n_cols": "i32"})
+    return {**out, "n_strips": "i32"} if plan.strips else out
+
+
+def _stored(output: Output) -> str:
+    """The dtype in which the kernel stores a result: sums over rows are stored strip by strip."""
+    return output.node.dtype if output.node.op == "row_sum" else output.value.type.dtype
 
 
 def _docstring(kernel: Kernel, plan: Layout) -> str:
@@ -162,9 +168,10 @@ def _launch(kernel: Kernel, plan: Layout, arguments: list[str], constants: list[
     )
     lines = _sizes(kernel, plan)
     for output in kernel.outputs:
-        shape = "".join(f"{_dim(kernel, output.value, d)}, " for d in range(len(
-            output.value.type.shape)))  # fmt: skip
-        dtype = f"torch.{_TORCH[output.value.type.dtype]}"
+        shape = _shape(kernel, output)
+        if output.node.op == "row_sum":
+            shape = "n_strips, n_cols, "
+        dtype = f"torch.{_TORCH[_stored(output)]}"
         lines.append(
             f"{output.name} = torch.empty(({shape.strip()}), dtype={dtype}, device={device}.device)"
         )
@@ -175,10 +182,20 @@ def _launch(kernel: Kernel, plan: Layout, arguments: list[str], constants: list[
     call = ["kernel[grid]("] + [f"    {value}," for value in (*values, *options)] + [")"]
     total = "n_cols" if plan.kind == "flat" else "n_rows * n_cols"
     lines += [f"if {total}:", *(indent(line, "    ") for line in work + call)]
+    for output in kernel.outputs:
+        if output.node.op == "row_sum":
+            total = f"{output.name}.sum(0).to(torch.{_TORCH[output.value.type.dtype]})"
+            lines.append(f"{output.name} = {total}.reshape(({_shape(kernel, output).strip()}))")
     lines.append(f"return ({', '.join(o.name for o in kernel.outputs)},)")
     doc = f'"""Run the kernel: ({", ".join(_shown(v) for _, v in kernel.params)}) -> ' \
           f'({", ".join(_shown(o.value) for o in kernel.outputs)})."""'  # fmt: skip
     return [f"def launch({', '.join(names)}):", *(f"    {line}" for line in [doc, *lines])]
+
+
+def _shape(kernel: Kernel, output: Output) -> str:
+    """The shape of a result in `launch`, each size followed by a comma."""
+    rank = len(output.value.type.shape)
+    return "".join(f"{_dim(kernel, output.value, d)}, " for d in range(rank))
 
 
 def _shown(value: Value) -> str:
@@ -201,6 +218,8 @@ def _sizes(kernel: Kernel, plan: Layout) -> list[str]:
     if plan.kind != "flat":
         rows = [f"d{row}" for dims in plan.groups for row in dims]
         lines.append(f"n_rows = {' * '.join(rows) or '1'}")
+    if plan.strips:
+        lines.append(f"n_strips = min({plan.strips}, triton.cdiv(n_rows, BLOCK_M))")
     return lines
 
 
@@ -243,7 +262,7 @@ def _views(kernel: Kernel, plan: Layout) -> list[str]:
 
 def _argument(kernel: Kernel, plan: Layout, argument: str) -> str:
     """What `launch` passes for an argument of the kernel."""
-    if argument in ("n_rows", "n_cols"):
+    if argument in ("n_rows", "n_cols", "n_strips"):
         return argument
     if argument.endswith("_ptr"):
         return argument[: -len("_ptr")]
@@ -258,7 +277,7 @@ def _argument(kernel: Kernel, plan: Layout, argument: str) -> str:
 def _grid(plan: Layout) -> str:
     if plan.kind == "flat":
         return "triton.cdiv(n_cols, BLOCK_N)"
-    rows = "triton.cdiv(n_rows, BLOCK_M)"
+    rows = "n_strips" if plan.strips else "triton.cdiv(n_rows, BLOCK_M)"
     return f"{rows} * triton.cdiv(n_cols, BLOCK_N)" if plan.kind == "tile" else rows
 
 

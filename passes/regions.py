@@ -19,8 +19,8 @@ from heapq import heapify, heappop, heappush
 from ..ir.module import Attr, Function, Op, Value
 from ..ir.opdef import OPS, full_attrs, signature_of
 from ..ir.signature import SignatureError
-from ..ir.types import FLOATS
-from .space import VIEWS, NoSpace, Space, analyse, column_dims, parameters
+from ..ir.types import DTYPES, FLOATS
+from .space import VIEWS, NoSpace, Space, analyse, column_dims, is_row_sum, parameters
 
 #: more ops than this make a kernel that needs too many registers, and a slow search for regions
 MAX_OPS = 48
@@ -55,7 +55,13 @@ WORTH_ALONE = OPTIMIZERS | {"rms_norm", "cross_entropy", "cross_entropy_backward
 
 
 def is_view(op: Op) -> bool:
-    """Is this op only another index into its operand, or a value known without memory?"""
+    """Is this op only another index into its operand, or free to compute where it is read?
+
+    A cast to a wider float is: reading the narrow operand again moves fewer bytes than the result.
+    """
+    if op.name == "cast":
+        wide, narrow = op.result.type.dtype, op.operands[0].type.dtype
+        return {wide, narrow} <= FLOATS and DTYPES[wide] > DTYPES[narrow]
     if op.name not in VIEWS:
         return False
     if op.name in ("constant", "iota"):
@@ -95,10 +101,10 @@ def can_fuse(op: Op, defs: dict[str, Op], *, optimizers: bool) -> bool:
     family = OPS[op.name].family
     if op.name in ROW:
         vocabulary = op.name.startswith("cross_entropy") and "n" in op.split.values()
-        return not vocabulary and op.operands[0].type.shape[-1] > 1
+        return not vocabulary and signature_of(op).size("n") > 1
     if op.name in REDUCTIONS or op.name in JOINS:
         try:
-            return bool(column_dims(op)) and op.result.type.dtype != "bool"
+            return (is_row_sum(op) or bool(column_dims(op))) and op.result.type.dtype != "bool"
         except NoSpace:
             return False
     if family == "optimizer":
@@ -173,9 +179,9 @@ class Regions:
         self._join_siblings()
         regions = []
         for cluster in self.clusters.values():
-            if cluster.fusible and self._worthwhile(cluster.members):
+            if cluster.fusible:
                 region = self._region(cluster.members)
-                if region is not None and region.space.points > 1:
+                if region is not None and region.space.points > 1 and _worthwhile(region):
                     regions.append(region)
         return regions
 
@@ -258,38 +264,56 @@ class Regions:
         )
 
     def _region(self, members: set[int]) -> Region | None:
-        ops = tuple(self.ops[i] for i in self._with_views(members))
+        """The region of some ops, None where they have no space.
+
+        Where the views that they read do not fit into the space (labels may be a slice along what
+        is a row dim here), the slices stay outside.
+        """
         outputs = tuple(
             result
             for i in sorted(members)
             for result in self.ops[i].results
             if not self.readers.get(result.name, set()) <= members
         )
-        params = parameters(ops)
-        if not params or len(outputs) + len(params) > MAX_TENSORS:
-            return None
-        try:
-            space = analyse(ops, [value.name for value in outputs])
-        except NoSpace:
-            return None
-        return Region(ops, tuple(sorted(members)), outputs, space)
+        for cut in ((), ("slice",)):
+            indices = self._with_views(members, cut)
+            if indices is None:
+                continue
+            ops = tuple(self.ops[i] for i in indices)
+            params = parameters(ops)
+            if not params or len(outputs) + len(params) > MAX_TENSORS:
+                continue
+            try:
+                space = analyse(ops, [value.name for value in outputs])
+            except NoSpace:
+                continue
+            return Region(ops, tuple(sorted(members)), outputs, space)
+        return None
 
-    def _with_views(self, members: set[int]) -> list[int]:
+    def _with_views(self, members: set[int], cut: tuple[str, ...]) -> list[int] | None:
+        """Members and the views that they read, in program order; views named in `cut` stay out.
+
+        None where a view that stays out reads a member.
+        """
         found = set(members)
         stack = list(members)
         while stack:
             for value in self.ops[stack.pop()].operands:
                 i = self.index.get(value.name)
-                if i is not None and i in self.views and i not in found:
+                if i is None or i not in self.views or i in found:
+                    continue
+                if self.ops[i].name not in cut:
                     found.add(i)
                     stack.append(i)
+                elif self.sources(self.ops[i]) & members:
+                    return None
         return sorted(found)
 
-    def _worthwhile(self, members: set[int]) -> bool:
-        names = [self.ops[i].name for i in members]
-        return any(name in WORTH_ALONE for name in names) or (
-            sum(name not in JOINS for name in names) >= 2
-        )
+
+def _worthwhile(region: Region) -> bool:
+    """Does a kernel save memory traffic or launches?"""
+    counted = [op.name for op in region.ops if op.name not in VIEWS | JOINS]
+    return len(counted) >= 2 or any(name in WORTH_ALONE for name in counted)
 
 
 def topological(

@@ -25,6 +25,9 @@ from ..ir.signature import SignatureError
 COLUMN = -1
 #: ops without arithmetic that a kernel absorbs as index expressions
 VIEWS = frozenset({"constant", "iota", "expand", "reshape", "permute", "slice"})
+#: Longest column along which rows may be summed. The sums are kept in registers while a program
+#: walks its rows, so the whole column has to fit, as for a row that is kept in registers.
+ROW_SUM_COLUMNS = 8192
 #: ops whose operands and results have columns of different length
 RESIZING = frozenset({"slice", "concat", "pad"})
 
@@ -52,12 +55,14 @@ class Space:
             the dim has size 1. A value whose column is shorter or longer than the space's (a
             `slice` was taken, or is to be) has `COLUMN` as well.
         reduces: some op reduces the column or needs it whole.
+        row_sums: the results that are sums over all rows.
     """
 
     rows: tuple[Extent, ...]
     column: Extent | None
     maps: Mapping[str, tuple[int | None, ...]]
     reduces: bool
+    row_sums: frozenset[str] = frozenset()
 
     @property
     def points(self) -> int:
@@ -77,13 +82,23 @@ def parameters(ops: Iterable[Op]) -> list[Value]:
     return list(found.values())
 
 
+def is_row_sum(op: Op) -> bool:
+    """Does an op sum all dims but the last one, as the gradients of biases and norm weights do?"""
+    if op.name != "reduce_sum":
+        return False
+    dims, shape = op.attrs["dims"], op.operands[0].type.shape
+    assert isinstance(dims, tuple)
+    present = [d for d, size in enumerate(shape) if size > 1]
+    return len(present) > 1 and [d for d in present if d not in dims] == present[-1:]
+
+
 def column_dims(op: Op) -> tuple[str, ...]:
     """Iteration dims that make the column: reduced, needed whole, cut or joined. Raises NoSpace."""
     attrs = full_attrs(op.name, op.attrs)
     family = OPS[op.name].family
     if family == "row":
         return ("n",)
-    if family == "reduction":
+    if family == "reduction" and not is_row_sum(op):
         dims, shape = attrs["dims"], op.operands[0].type.shape
         assert isinstance(dims, tuple)
         names = tuple(f"a{d}" for d in dims if shape[int(str(d))] > 1)
@@ -147,7 +162,9 @@ class _Analysis:
             )
             for name, value in self.values.items()
         }
-        space = Space(tuple(self.extents[cls] for cls in rows), column, maps, bool(self.wanted))
+        sums = frozenset(op.result.name for op in self.ops if is_row_sum(op))
+        extents = tuple(self.extents[cls] for cls in rows)
+        space = Space(extents, column, maps, bool(self.wanted), sums)
         self.check(space)
         return space
 
@@ -267,7 +284,8 @@ class _Analysis:
                 rows = {row for row in space.maps[op.operands[0].name] if row is not None}
                 if not every or not rows >= set(every):
                     raise NoSpace(f"{op.name} of fewer rows than the kernel has")
-        for name in self.outputs:
+        self.check_row_sums(space)
+        for name in self.outputs - space.row_sums:
             if [row for row in space.maps[name] if row not in (None, COLUMN)] != every:
                 raise NoSpace(f"%{name} is smaller than the space")
         for value in self.params:
@@ -279,6 +297,24 @@ class _Analysis:
             raise NoSpace("a row dim is in no operand")
         if space.column is not None and space.column.axes and COLUMN not in carried:
             raise NoSpace("the column is in no operand")
+
+    def check_row_sums(self, space: Space) -> None:
+        """Sums over rows are of all rows, of the whole column, and read outside only."""
+        if not space.row_sums:
+            return
+        column = space.column
+        if column is None or not space.rows or column.size > ROW_SUM_COLUMNS:
+            raise NoSpace("a column too long for sums over rows")
+        for op in self.ops:
+            if any(value.name in space.row_sums for value in op.operands):
+                raise NoSpace(f"{op.name} reads a sum over all rows")
+            if is_row_sum(op):
+                value = op.operands[0]
+                have = [place for place in space.maps[value.name] if place is not None]
+                if sorted(have) != [COLUMN, *range(len(space.rows))]:
+                    raise NoSpace(f"%{value.name} is summed over fewer rows than the kernel has")
+                if value.type.shape[space.maps[value.name].index(COLUMN)] != column.size:
+                    raise NoSpace(f"%{value.name} has a column of another length")
 
 
 def analyse(ops: Sequence[Op], outputs: Iterable[str]) -> Space:

@@ -203,11 +203,45 @@ def momentum(dtype: str, rows: tuple[int, ...], n: int) -> Module:
     return program(make)
 
 
+def norm_backward(dtype: str, rows: tuple[int, ...], n: int) -> Module:
+    """Gradients of a norm's operand and of its weight, which is a sum over all rows."""
+    dims = tuple(range(len(rows)))
+
+    def make(b: Builder) -> list[Value]:
+        dy, x = b.param(tensor(dtype, *rows, n), "dy"), b.param(tensor(dtype, *rows, n), "x")
+        w, rstd = b.param(tensor(dtype, n), "w"), b.param(tensor("f32", *rows, 1), "rstd")
+        hat = b.one("mul", [cast(b, x, "f32"), rstd])
+        wide = cast(b, dy, "f32")
+        dw = b.one("reduce_sum", [b.one("mul", [wide, hat])], {"dims": dims})
+        g = b.one("mul", [wide, cast(b, w, "f32")])
+        last = {"dims": (len(rows),), "keepdim": True}
+        inner = b.one("reduce_sum", [b.one("mul", [g, hat])], last)
+        inner = b.one("mul", [inner, scalar(b, 1 / n)])
+        dx = b.one("mul", [rstd, b.one("sub", [g, b.one("mul", [hat, inner])])])
+        return [cast(b, dx, dtype), dw]
+
+    return program(make, "model.norm")
+
+
+def bias_gelu_backward(dtype: str, rows: tuple[int, ...], n: int) -> Module:
+    """Gradients through gelu(x + bias): of x, and of the bias as a sum over all rows."""
+    dims = tuple(range(len(rows)))
+
+    def make(b: Builder) -> list[Value]:
+        dy, x = b.param(tensor(dtype, *rows, n), "dy"), b.param(tensor(dtype, *rows, n), "x")
+        h = b.one("add", [x, b.param(tensor(dtype, n), "bias")])
+        dx = b.one("gelu_backward", [dy, h])
+        return [dx, b.one("reduce_sum", [dx], {"dims": dims, "keepdim": True})]
+
+    return program(make)
+
+
 #: name -> maker of a module from (dtype, row dims, columns)
 PROGRAMS: dict[str, Callable[[str, tuple[int, ...], int], Module]] = {
     f.__name__: f
     for f in (
         residual_rms_norm, layer_norm, rms_norm, masked_softmax, log_softmax_pair, swiglu,
         swiglu_packed, swiglu_backward, rope, rope_backward, cross_entropy, adamw, momentum,
+        norm_backward, bias_gelu_backward,
     )
 }  # fmt: skip

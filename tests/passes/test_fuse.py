@@ -74,7 +74,7 @@ def test_a_fused_program_computes_the_same_on_every_mesh(seed: int, mesh: str) -
 def test_every_op_is_kept_once_and_every_kernel_has_a_space(seed: int) -> None:
     module = random_program(seed, 12).module
     fused = fuse(module)
-    free = {"constant", "iota", "expand", "reshape", "permute", "slice"}
+    free = {"constant", "iota", "expand", "reshape", "permute", "slice", "cast"}
     before = Counter(name for name in names(inline(module, keep=lambda f: False).entry.ops))
     after = Counter(name for name in names(inline(fused, keep=lambda f: False).entry.ops))
     for name in (before | after).keys() - free:
@@ -130,13 +130,26 @@ def test_a_chain_through_a_matrix_product_is_cut_there() -> None:
 
 def test_two_reductions_of_different_dims_are_two_kernels() -> None:
     def make(b: Builder) -> list[Value]:
-        x = b.one("exp", [x_of(b, 4, 6)])
-        y = b.one("mul", [x, b.one("reduce_sum", [x], {"dims": (1,), "keepdim": True})])
-        return [b.one("mul", [y, b.one("reduce_sum", [y], {"dims": (0,), "keepdim": True})])]
+        x = b.one("exp", [x_of(b, 3, 4, 6)])
+        y = b.one("mul", [x, b.one("reduce_sum", [x], {"dims": (2,), "keepdim": True})])
+        return [b.one("mul", [y, b.one("reduce_sum", [y], {"dims": (1,), "keepdim": True})])]
 
     fused = fuse(module_of(make))
     rows = [op for k in kernels(fused) for op in k.ops if op.name == "reduce_sum"]
-    assert [op.attrs["dims"] for op in rows] == [(1,)]
+    assert [op.attrs["dims"] for op in rows] == [(2,)]
+
+
+def test_a_sum_over_all_rows_ends_a_kernel() -> None:
+    """The gradient of a norm's weight: a product that only its sum over the rows needs."""
+
+    def make(b: Builder) -> list[Value]:
+        x, dy = x_of(b, 3, 4, 6), x_of(b, 3, 4, 6, name="dy")
+        dw = b.one("reduce_sum", [b.one("mul", [norm(b, x), dy])], {"dims": (0, 1)})
+        return [b.one("neg", [dw])]
+
+    fused = fuse(module_of(make))
+    assert names(fused.entry.ops) == ["call", "neg"]
+    assert [value.type.shape for value in kernels(fused)[0].results] == [(6,)]
 
 
 def test_equal_regions_share_a_function_named_after_path_and_ops() -> None:
@@ -167,6 +180,33 @@ def test_views_are_copied_into_kernels_and_kept_for_others() -> None:
     assert names(kernels(fused)[0].ops) == ["exp", "expand", "mul"] or names(
         kernels(fused)[0].ops
     ) == ["expand", "exp", "mul"]
+
+
+def test_a_widened_operand_is_not_stored_for_a_second_kernel() -> None:
+    """Both kernels read x in bf16 and widen it themselves."""
+
+    def make(b: Builder) -> list[Value]:
+        x = x_of(b, 4, 6, dtype="bf16")
+        wide = b.one("cast", [x], types=[TensorType("f32", (4, 6))])
+        first = b.one("exp", [b.one("tanh", [wide])])
+        w = b.one("einsum", [first, first], {"spec": "a k, b k -> a b"})
+        second = b.one("mul", [wide, b.one("reduce_sum", [w], {"dims": (1,), "keepdim": True})])
+        return [b.one("sin", [second])]
+
+    fused = fuse(module_of(make))
+    assert "cast" not in names(fused.entry.ops)
+    assert all(x.type.dtype == "bf16" for k in kernels(fused) for x in k.params if x.name == "x")
+
+
+def test_a_slice_that_does_not_fit_the_space_stays_outside() -> None:
+    """Labels shifted by one: a slice of what is the row dim of the logits."""
+
+    def make(b: Builder) -> list[Value]:
+        logits, labels = x_of(b, 4, 6), x_of(b, 5, name="labels", dtype="i64")
+        shifted = b.one("slice", [labels], {"dim": 0, "start": 1, "stop": 5})
+        return list(b.many("cross_entropy", [b.one("tanh", [logits]), shifted]))
+
+    assert names(fuse(module_of(make)).entry.ops) == ["slice", "call"]
 
 
 def test_regions_that_read_the_same_tensor_are_joined() -> None:
