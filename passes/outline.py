@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..ir.module import Function, Location, Module, Namer, Op, Value
+from ..ir.ops import OPS
 from .base import Pass
 from .outline_find import Colors, Costs, best_cut, occurrences, repeats
 
@@ -45,7 +46,8 @@ class Outline(Pass):
                attrs {path = "model.layers.0"} { ... }
 
     `min_ops` is the least number of ops of a block whose copies feed each other, `min_apart` of one
-    whose copies do not: a short pattern that happens to occur twice is no block.
+    whose copies do not: a short pattern that happens to occur twice is no block. Optimizer updates
+    need not feed each other: those of each layer are a block.
     """
 
     min_ops: int = 3
@@ -109,6 +111,11 @@ def color_key(op: Op) -> object:
         tuple(value.type for value in op.operands),
         tuple(value.type for value in op.results),
     )
+
+
+def is_update(op: Op) -> bool:
+    """Is it an optimizer update?"""
+    return OPS[op.name].family == "optimizer"
 
 
 #: positions in the core, one for each op of the block, in the block's order
@@ -197,8 +204,12 @@ class _Finder:
         return [
             group
             for group in classes.values()
-            if len(group) > 1 and (len(word) >= min_apart or self._chained(group))
+            if len(group) > 1
+            and (len(word) >= min_apart or self._updates(group[0]) or self._chained(group))
         ]
+
+    def _updates(self, instance: Instance) -> bool:
+        return all(is_update(self.core[position]) for position in instance)
 
     def _chained(self, group: Sequence[Instance]) -> bool:
         """Does each copy read a result of an earlier one?"""
@@ -388,9 +399,9 @@ class _Writer:
             for n, j in places:
                 operands[n][j] = value
         body = [replace(op, operands=tuple(o)) for op, o in zip(ops, operands, strict=True)]
-        stems = [part for part in path.split(".") if part.isidentifier()]
+        stem = next((part for part in path.split(".")[::-1] if part.isidentifier()), "block")
         function = Function(
-            self.names(stems[-1] if stems else "block"),
+            self.names(f"{stem}_update" if all(map(is_update, ops)) else stem),
             tuple(params),
             (*copies, *body),
             tuple(ops[number].results[k] for number, k in results),

@@ -18,7 +18,8 @@ from .inline import inline
 #: collectives whose result is larger than their operand: started late, to keep memory low
 _GROWING = frozenset({"all_gather"})
 #: ops outside the movement, control and collective families whose result may be an operand's memory
-_ALIASING = frozenset({"cast", "reduce_sum", "reduce_max", "reduce_min", "aten"})
+_ALIASING = frozenset({"cast", "stop_gradient", "reduce_sum", "reduce_max", "reduce_min",
+                       "reduce_prod", "aten"})  # fmt: skip
 #: the operands of an optimizer update that are not state: gradient, step, learning rate
 _STATELESS = {"adam_update": (1, 4, 5), "adamw_update": (1, 4, 5), "sgd_update": (1, 2, 3),
               "momentum_update": (1, 3, 4)}  # fmt: skip
@@ -55,9 +56,10 @@ class Schedule(Pass):
     def run(self, module: Module) -> Module:
         flat = inline(module)
         entry = flat.entry
-        ops = place_updates(entry, place_collectives(entry.ops))
+        kernels = views_of(flat.functions[1:])
+        ops = place_updates(entry, place_collectives(entry.ops), kernels)
         ops = _Starter(entry, ops, self.in_flight).run()
-        ops = add_frees(entry, update_in_place(entry, ops))
+        ops = add_frees(entry, update_in_place(entry, ops, kernels))
         entry = replace(entry, ops=tuple(ops))
         return flat.with_(level="schedule", functions=(entry, *flat.functions[1:]))
 
@@ -93,13 +95,17 @@ def place_collectives(ops: Sequence[Op]) -> list[Op]:
     return [ops[index] for index in sorted(order, key=keys.__getitem__)]
 
 
-def place_updates(function: Function, ops: Sequence[Op]) -> list[Op]:
+#: kernel function -> for each result, the operands whose memory it may be
+Views = Mapping[str, Sequence[Sequence[int]]]
+
+
+def place_updates(function: Function, ops: Sequence[Op], kernels: Views) -> list[Op]:
     """Optimizer updates, and what depends on them, as early as their operands are there.
 
     An update also stays behind the readers of the state that it replaces, so that it can overwrite
     it. Only the tail of the program moves: ops on which nothing else depends.
     """
-    roots = aliases(function, ops)
+    roots = aliases(function, ops, kernels)
     readers: dict[str, int] = {}  # parameter -> its last reader outside the tail
     place: dict[str, int] = {}  # value -> the position behind which it is there
     late: set[str] = set()
@@ -123,11 +129,29 @@ def place_updates(function: Function, ops: Sequence[Op]) -> list[Op]:
     return [ops[index] for index in sorted(range(len(ops)), key=keys.__getitem__)]
 
 
-def aliases(function: Function, ops: Iterable[Op]) -> dict[str, frozenset[str]]:
+def views_of(kernels: Iterable[Function]) -> Views:
+    """Which results of kernel functions may be the memory of an operand."""
+    table: dict[str, list[list[int]]] = {}
+    for kernel in kernels:
+        roots = aliases(kernel, kernel.ops, {})
+        names = [roots.get(value.name, frozenset()) for value in kernel.results]
+        params = list(enumerate(kernel.params))
+        table[kernel.name] = [[i for i, value in params if value.name in found] for found in names]
+    return table
+
+
+def aliases(function: Function, ops: Iterable[Op], kernels: Views) -> dict[str, frozenset[str]]:
     """For each value, the parameters whose memory it may be: views and the like."""
     roots = {value.name: frozenset({value.name}) for value in function.params}
     none: frozenset[str] = frozenset()
     for op in ops:
+        views = kernels.get(str(op.attrs["callee"])) if op.name == "call" else None
+        if views is not None:
+            for value, sources in zip(op.results, views, strict=True):
+                shared = none.union(*(roots.get(op.operands[i].name, none) for i in sources))
+                if shared:
+                    roots[value.name] = shared
+            continue
         family = OPS[op.name].family
         if family in ("movement", "control", "collective") or op.name in _ALIASING:
             found = none.union(*(roots.get(value.name, none) for value in op.operands))
@@ -239,13 +263,13 @@ class _Starter:
         self.there.update(value.name for value in op.results)
 
 
-def update_in_place(function: Function, ops: Sequence[Op]) -> list[Op]:
+def update_in_place(function: Function, ops: Sequence[Op], kernels: Views) -> list[Op]:
     """Mark the optimizer updates that may overwrite their state.
 
     The state must be entry parameters which the results replace, nothing may read them (or a view
     of them, or an unfinished collective on them) afterwards, and no result may be the old state.
     """
-    roots = aliases(function, ops)
+    roots = aliases(function, ops, kernels)
     replaced = {
         value.name: attrs["updates"]
         for value, attrs in zip(function.results, function.result_attrs, strict=True)

@@ -254,9 +254,34 @@ def test_in_place_only_when_nothing_can_see_it(
     assert _update(body, results, outputs) == wanted, why
 
 
+def test_a_kernel_that_reads_a_parameter_does_not_keep_it_from_being_overwritten() -> None:
+    text = """weft 1 spmd
+mesh [dp=1] "cpu"
+
+func @main(%w: f32[4]{B} {role = "param"}, %x: f32[4]{B}, %n: f64[]{B}, %lr: f64[]{B}) -> (f32[4]{B} {role = "output"}, f32[4]{B} {role = "output"}, f32[4]{B} {role = "update", updates = "w"}) {
+  %a, %b = call(%x, %w) {callee = "k"} : f32[4]{B}, f32[4]{B}
+  %v = sgd_update(%w, %a, %n, %lr) : f32[4]{B}
+  %c = exp(%a) : f32[4]{B}
+  return %c, %x, %v
+}
+
+func @k(%x: f32[4]{B}, %w: f32[4]{B}) -> (f32[4]{B}, f32[4]{B}) attrs {kernel = "k"} {
+  %y = mul(%x, %w) : f32[4]{B}
+  %z = reshape(%w) : f32[4]{B}
+  return %y, %z
+}
+"""
+    names = ("%c, %x, %v", "%c, %b, %v")
+    wanted = (True, False)  # the second result of the kernel is a view of %w
+    for returned, inplace in zip(names, wanted, strict=True):
+        after = schedule(parse_module(text.replace("return %c, %x, %v", f"return {returned}")))
+        update = next(op for op in after.entry.ops if op.name == "sgd_update")
+        assert bool(update.attrs.get("inplace")) == inplace
+
+
 def test_only_the_tail_of_the_program_moves() -> None:
     module = step(4)
-    moved = place_updates(module.entry, module.entry.ops)
+    moved = place_updates(module.entry, module.entry.ops, {})
     assert [op for op in moved if op.name != "sgd_update"] == [
         op for op in module.entry.ops if op.name != "sgd_update"
     ]
