@@ -1,10 +1,37 @@
 """weft: weave a one-device PyTorch program across a cluster."""
 
-from .frontend.api import plan
-from .frontend.compiled import compile
-from .frontend.plan import VERSION, Plan
-from .ir.errors import CompileError, RunError, WeftError
-from .runtime.executable import load
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__version__ = VERSION
+if TYPE_CHECKING:
+    from .frontend.api import plan
+    from .frontend.compiled import compile
+    from .frontend.plan import VERSION as __version__
+    from .frontend.plan import Plan
+    from .ir.errors import CompileError, RunError, WeftError
+    from .runtime.executable import load
+
 __all__ = ["CompileError", "Plan", "RunError", "WeftError", "compile", "load", "plan"]
+
+#: public name -> the module that has it, and its name there
+_HOMES = {
+    "CompileError": ("ir.errors", "CompileError"), "RunError": ("ir.errors", "RunError"),
+    "WeftError": ("ir.errors", "WeftError"), "Plan": ("frontend.plan", "Plan"),
+    "__version__": ("frontend.plan", "VERSION"), "compile": ("frontend.compiled", "compile"),
+    "load": ("runtime.executable", "load"), "plan": ("frontend.api", "plan"),
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Names are loaded when they are asked for: `weft.ir` opens a dump without torch, and a
+    machine that only runs plans never loads the compiler."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home, attribute = _HOMES[name]
+    value = getattr(import_module(f".{home}", __name__), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
