@@ -44,6 +44,8 @@ _POWERS, _BISECTIONS = range(-3, 4), 2
 #: states
 JOINT_AXES = 2
 _ROUNDING = 1e-6
+#: a round of descent over all pairs that gains less is the last
+_ENOUGH = 1e-3
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,7 @@ class _Task:
                 if solution.cost < cost:
                     choices, cost = model.choices(solution.states), solution.cost
                     best = self._result(model, solution, us_per_byte, bound_us)
-            if cost >= before * (1 - 1e-6) or time.perf_counter() - self.start > self.limit_s:
+            if cost >= before * (1 - _ENOUGH) or time.perf_counter() - self.start > self.limit_s:
                 return best
 
     def _result(

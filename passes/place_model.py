@@ -174,11 +174,6 @@ class PlacementModel:
             params.append(by_class[number])
         self.params[function.name] = params
         by_name = {v.name: end for v, end in zip(function.params, params, strict=True)}
-        named = {
-            str(a["name"]): end
-            for a, end in zip(function.param_attrs, params, strict=True)
-            if a.get("role") == "param" and "name" in a
-        }
         results = []
         for index, (value, attrs) in enumerate(
             zip(function.results, function.result_attrs, strict=True)
@@ -188,8 +183,6 @@ class PlacementModel:
                 self._remember(end, value.type, self.executions[function.name], persistent=False)
             elif "updates" in attrs:
                 end = by_name[str(attrs["updates"])]
-            elif attrs.get("role") == "grad" and str(attrs.get("name")) in named:
-                end = named[str(attrs["name"])]
             else:
                 end = (-1, (self.whole,))
             results.append(end)
