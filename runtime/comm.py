@@ -10,21 +10,25 @@ from torch import Tensor
 from ..ir.module import Attr, Op, Value
 from ..ir.types import B, TensorType
 from .groups import TIMEOUT_S, Groups, Pending, check_world
-from .transfers import COMMUNICATION, LOCALS, STARTS
+from .transfers import COMMUNICATION, LOCALS, STARTS, all_reduce
 
 
 class Comm(Groups):
     """The communication of one rank on a mesh: what its schedule's communication ops do."""
 
-    def action(self, op: Op) -> Callable[..., Any]:
+    def action(self, op: Op, last: bool = False) -> Callable[..., Any]:
         """The function that runs a communication op on local tensors.
 
         It returns a tensor, or a `Pending` when the op is asynchronous. Raises KeyError for ops
         that do not communicate.
+
+        Args:
+            last: nothing reads the operand, or its memory, afterwards: the result may take it.
         """
         if op.name in LOCALS:
             return LOCALS[op.name](self, op)
-        start = STARTS[op.name](self, op)
+        reuse = last and op.name == "all_reduce"
+        start = all_reduce(self, op, last) if reuse else STARTS[op.name](self, op)
         if op.attrs.get("async"):
             return start
         return lambda *operands: start(*operands).wait()

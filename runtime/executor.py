@@ -18,7 +18,7 @@ from ..ir.module import Function, Module, Op, Value
 from ..ir.types import DTYPES, Mesh, local_shape
 from .comm import COMMUNICATION, Comm
 from .context import TORCH_DTYPES
-from .lifetimes import PERSISTENT, alias_roots
+from .lifetimes import PERSISTENT, alias_roots, last_readers
 from .schedule_check import check
 from .shards import local
 from .trace import Trace
@@ -203,7 +203,8 @@ def peak_bytes(
 ) -> int:
     """The largest number of bytes that a rank's live values take, as the frees say.
 
-    Views take none; what they look at lives as long as they do. An in-place update takes none.
+    Views take none; what they look at lives as long as they do. An in-place update takes none, nor
+    does an all_reduce that is the last to read its operand.
     `skip` names values that are counted elsewhere.
     """
     roots = alias_roots(function)
@@ -224,7 +225,8 @@ def peak_bytes(
 
     for param in function.params:
         hold(param)
-    for op in function.ops:
+    last = last_readers(function)
+    for index, op in enumerate(function.ops):
         if op.name == "free":
             for value in op.operands:
                 for root in roots[value.name]:
@@ -233,7 +235,12 @@ def peak_bytes(
                     if not users:
                         live -= sizes.pop(root, 0)
             continue
-        if not op.attrs.get("inplace"):
+        if op.name == "all_reduce" and index in last:
+            (root,) = roots[op.operands[0].name]
+            (new,) = roots[op.results[0].name]
+            sizes[new], sizes[root] = sizes.get(root, 0), 0  # it takes its operand's memory
+            holders[new] = {op.results[0].name}
+        elif not op.attrs.get("inplace"):
             for value in op.results:
                 if value.name not in skip:
                     hold(value)

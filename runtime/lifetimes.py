@@ -12,7 +12,7 @@ from ..ir.ops.optimizer import OVERWRITES
 #: roles of entry parameters that outlive a step
 PERSISTENT = frozenset({"param", "buffer", "state"})
 #: ops besides the movement family whose result may be the memory of an operand
-_MAY_ALIAS = frozenset({"cast", "reduce_sum", "reduce_max", "reduce_min", "aten", "wait"})
+_MAY_ALIAS = frozenset({"stop_gradient", "aten", "wait"})
 _NONE: frozenset[str] = frozenset()
 
 
@@ -23,8 +23,12 @@ def overwritten_operands(op: Op) -> tuple[int, ...]:
 
 def may_alias(op: Op) -> bool:
     """Can a result be the memory of an operand? Collectives and kernels return new tensors."""
-    entry = OPS.get(op.name)
-    return op.name in _MAY_ALIAS or (entry is not None and entry.family == "movement")
+    if op.name == "cast":  # to the same dtype there is nothing to do
+        return op.operands[0].type.dtype == op.result.type.dtype
+    family = OPS[op.name].family if op.name in OPS else ""
+    if family == "reduction":  # nor is there over no dims
+        return op.attrs.get("dims") == ()
+    return family == "movement" or op.name in _MAY_ALIAS
 
 
 def alias_roots(function: Function) -> dict[str, frozenset[str]]:
@@ -36,6 +40,31 @@ def alias_roots(function: Function) -> dict[str, frozenset[str]]:
             shared = shared.union(*(roots[value.name] for value in op.operands))
         roots.update((value.name, shared or frozenset({value.name})) for value in op.results)
     return roots
+
+
+def last_readers(function: Function) -> frozenset[int]:
+    """Positions of the actions whose first operand's memory nothing reads afterwards.
+
+    The memory must be a value of this step alone: no parameter, no result, no view of another.
+    """
+    roots = alias_roots(function)
+    kept = _NONE.union(*(roots[value.name] for value in (*function.params, *function.results)))
+    ends = {op.operands[0].name: i for i, op in enumerate(function.ops) if op.name == "wait"}
+    reads: dict[str, list[tuple[int, int]]] = {}  # memory -> (reader, when it has done reading)
+    for index, op in enumerate(function.ops):
+        if op.name != "free":
+            end = ends.get(op.results[0].name, index) if op.attrs.get("async") else index
+            for value in op.operands:
+                for root in roots[value.name]:
+                    reads.setdefault(root, []).append((index, end))
+    return frozenset(
+        index
+        for index, op in enumerate(function.ops)
+        if op.name != "free" and op.operands
+        for name in [op.operands[0].name]
+        if roots[name] == {name} and name not in kept
+        if all(reader == index or end < index for reader, end in reads[name])
+    )
 
 
 def show_ranks(ranks: Sequence[int]) -> str:

@@ -59,13 +59,14 @@ def _alone(x: Tensor) -> Pending:
     return Pending((), lambda: out)
 
 
-def _all_reduce(comm: Groups, op: Op) -> Start:
+def all_reduce(comm: Groups, op: Op, last: bool = False) -> Start:
+    """With `last` the operand's memory may become the result's."""
     group, how = comm.group(_axis(op)), _REDUCE[str(op.attrs.get("combine", "sum"))]
     if group is None:
         return _alone
 
     def start(x: Tensor) -> Pending:
-        out = x.clone(memory_format=torch.contiguous_format)
+        out = x if last and x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
         work = dist.all_reduce(out, op=how, group=group, async_op=True)
         return Pending((work,), lambda: out)
 
@@ -302,7 +303,7 @@ def _partial(comm: Groups, op: Op) -> Callable[..., Tensor]:
 
 
 STARTS: dict[str, Callable[[Groups, Op], Start]] = {
-    "all_reduce": _all_reduce, "all_gather": _all_gather, "reduce_scatter": _reduce_scatter,
+    "all_reduce": all_reduce, "all_gather": _all_gather, "reduce_scatter": _reduce_scatter,
     "all_to_all": _all_to_all, "broadcast": _broadcast, "permute_ranks": _permute_ranks,
     "lse_combine": _lse_combine, "send": _send, "recv": _recv,
 }  # fmt: skip

@@ -28,7 +28,7 @@ from ..ir.ops.optimizer import OVERWRITES
 from ..ir.types import DTYPES, local_shape
 from .comm import COMMUNICATION, Comm
 from .context import OpContext, results_of
-from .lifetimes import PERSISTENT, alias_roots
+from .lifetimes import PERSISTENT, alias_roots, last_readers
 from .updates import make_update, update_key
 
 #: Constants up to this many bytes are kept between steps; larger ones are cheap to fill and would
@@ -105,6 +105,7 @@ class Wrapper:
             if op.attrs.get("inplace")
             for place, result in zip(OVERWRITES.get(op.name, ()), op.results, strict=False)
         }
+        self._last = last_readers(self.function)
         self.constants: dict[str, Tensor] = {}
         self._hoist()
         self.sections = self._sections()
@@ -284,13 +285,14 @@ class Wrapper:
             return f"{left}, = {function}({', '.join(names)})"
         function = f"f{index}"
         if function not in self.globals:
-            self.globals[function] = self._semantics(op)
+            last = index in self._last and op.operands[0].name not in self.constants
+            self.globals[function] = self._semantics(op, last)
         return (f"{left} = " if left else "") + f"{function}({', '.join(names)})"
 
-    def _semantics(self, op: Op) -> Callable[..., Any]:
-        """What runs an op on this rank's tensors."""
+    def _semantics(self, op: Op, last: bool = False) -> Callable[..., Any]:
+        """What runs an op on this rank's tensors; `last` as in `Comm.action`."""
         if op.name in COMMUNICATION:
-            return self.comm.action(op)
+            return self.comm.action(op, last)
         call = partial(OPS[op.name].ref, self._context(op))
         if op.name == "aten" and len(op.results) == 1:
             return partial(_only, call)
@@ -335,10 +337,10 @@ class Wrapper:
                 text.add(f"    del {', '.join(gone)}")
         roots = alias_roots(function)
         shared = constants | {value.name for value in function.params}
-        out = [
-            local[value.name] + (".clone()" if roots[value.name] & shared else "")
-            for value in function.results
-        ]
+        out = []
+        for value in function.results:  # no result may share memory with anything
+            out.append(local[value.name] + (".clone()" if roots[value.name] & shared else ""))
+            shared |= roots[value.name]
         text.add(f"    return {', '.join(out)},")
         self.globals[name] = text.function(space, name)
         return name
