@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .frontend.api import plan
     from .frontend.compiled import compile
-    from .frontend.plan import VERSION as __version__
     from .frontend.plan import Plan
     from .ir.errors import CompileError, RunError, WeftError
     from .runtime.executable import load
 
+__version__: str
 __all__ = ["CompileError", "Plan", "RunError", "WeftError", "compile", "load", "plan"]
 
 #: public name -> the module that has it, and its name there
