@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
 from ..ir.errors import CompileError, Span
@@ -43,20 +43,24 @@ def _print_value(value: OptionValue) -> str:
     return repr(value)
 
 
-def parse_pipeline(text: str) -> tuple[Pass, ...]:
-    """Read a pipeline. Raises CompileError W0601 with the place and, for a typo, the near name."""
-    reader = _Reader(text)
-    passes = []
+def parse_pipeline(text: str, passes: Mapping[str, type[Pass]] = PASSES) -> tuple[Pass, ...]:
+    """Read a pipeline of the passes in a table.
+
+    Raises CompileError W0601 with the place and, for a typo, the near name.
+    """
+    reader = _Reader(text, passes)
+    found = []
     while not reader.at_end():
-        passes.append(reader.read_pass())
-    return tuple(passes)
+        found.append(reader.read_pass())
+    return tuple(found)
 
 
 class _Reader:
     """A cursor over a pipeline's text."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, passes: Mapping[str, type[Pass]]) -> None:
         self.text, self.position, self.last = text, 0, 0
+        self.passes = passes
 
     def at_end(self) -> bool:
         """Is only blank text left?"""
@@ -90,9 +94,9 @@ class _Reader:
     def read_pass(self) -> Pass:
         """One pass with its options."""
         name = self.take()
-        if name not in PASSES:
-            raise self.error(f"no pass is called {name!r}", name, PASSES)
-        cls = PASSES[name]
+        if name not in self.passes:
+            raise self.error(f"no pass is called {name!r}", name, self.passes)
+        cls = self.passes[name]
         options: dict[str, OptionValue] = {}
         if self.text[self.position : self.position + 1] == "[":
             self.take("[")

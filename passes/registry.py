@@ -1,4 +1,4 @@
-"""The one list of passes, and the default pipelines.
+"""The one list of passes.
 
 To add a pass: write it in a file of its own, import it here, and put it into `_ORDER`.
 """
@@ -16,7 +16,16 @@ from .schedule import Schedule
 from .simplify import Simplify
 
 #: in the order in which a program meets them
-_ORDER: tuple[type[Pass], ...] = (Simplify, Outline, Inline, Place, RandomPlace, Lower, Fuse, Schedule)
+_ORDER: tuple[type[Pass], ...] = (
+    Simplify,
+    Outline,
+    Inline,
+    Place,
+    RandomPlace,
+    Lower,
+    Fuse,
+    Schedule,
+)
 
 #: every pass by its name
 PASSES: dict[str, type[Pass]] = {cls.name: cls for cls in _ORDER}

@@ -9,7 +9,7 @@ nothing changes, at most `rounds` times. Linear in the number of ops for each wa
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..ir.module import Attr, Function, Module, Namer, Op, Value
@@ -17,7 +17,7 @@ from ..ir.ops import OPS
 from ..ir.types import TensorType
 from .base import Pass
 from .dead_code import eliminate_dead, without_dead_ops
-from .inline import is_kernel
+from .inline import callees_first, is_kernel
 from .simplify_affine import Affine
 from .simplify_facts import Fact, Small, infer
 from .simplify_rules import RULES, Rule
@@ -56,32 +56,49 @@ class Simplify(Pass):
 
 
 def simplify(module: Module, rounds: int = 4, applied: Counter[str] | None = None) -> Module:
-    """Simplify all functions but kernels. `applied` counts the rules by name."""
+    """Simplify all functions but kernels, callers first. `applied` counts the rules by name.
+
+    What is known about an argument in every call of a function is known in the function.
+    """
     applied = Counter() if applied is None else applied
     module = eliminate_dead(module)
-    functions = []
-    for function in module.functions:
-        if not is_kernel(function):
-            for _ in range(rounds):
-                before = sum(applied.values())
-                function = _Walk(function, applied).run()
-                if sum(applied.values()) == before:
-                    break
-        functions.append(function)
-    return eliminate_dead(module.with_(functions=tuple(functions)))
+    table = {function.name: function for function in module.functions}
+    arguments: dict[str, dict[int, Fact | None]] = {}
+    for name in callees_first(table, module.entry.name)[::-1]:
+        if is_kernel(table[name]):
+            continue
+        known = arguments.get(name, {})
+        params = table[name].params
+        facts = {params[i].name: fact for i, fact in known.items() if fact is not None}
+        for _ in range(rounds):
+            before = sum(applied.values())
+            walk = _Walk(table[name], applied, facts)
+            table[name] = walk.run()
+            if sum(applied.values()) == before:
+                break
+        for op in table[name].ops:
+            if op.name == "call":
+                known = arguments.setdefault(str(op.attrs["callee"]), {})
+                for i, value in enumerate(op.operands):
+                    fact = walk.facts.get(value.name)
+                    known[i] = fact if known.get(i, fact) == fact else None
+    functions = tuple(table[function.name] for function in module.functions)
+    return eliminate_dead(module.with_(functions=functions))
 
 
 class _Walk:
     """One walk over a function; the `Scope` of the rules."""
 
-    def __init__(self, function: Function, applied: Counter[str]) -> None:
+    def __init__(
+        self, function: Function, applied: Counter[str], facts: Mapping[str, Fact]
+    ) -> None:
         self.function, self.applied = function, applied
         names = [value.name for value in function.params]
         names += [value.name for op in function.ops for value in op.results]
         self.namer = Namer(tuple(names))
         self.used: set[str] = set()
         self.ops: list[Op] = []
-        self.facts: dict[str, Fact] = {}
+        self.facts: dict[str, Fact] = dict(facts)
         self.defs: dict[str, Op] = {}
         self.seen: dict[object, tuple[Value, ...]] = {}
 

@@ -281,6 +281,39 @@ func @inner(%q: f32[2]) -> (f32[2]) {
     assert_close(evaluate(module, inputs), evaluate(after, inputs))
 
 
+def test_what_all_calls_pass_is_known_in_the_function() -> None:
+    """The mask is causal in both calls; the factor is 1 in one call only."""
+    module = parse_module("""weft 1 logical
+
+func @main(%q: f32[1, 2, 3, 4], %s: f32[]) -> (f32[1, 2, 3, 4]) {
+  %i = iota() {dim = 2} : i64[1, 1, 3, 1]
+  %j = iota() {dim = 3} : i64[1, 1, 1, 3]
+  %m = le(%j, %i) : bool[1, 1, 3, 3]
+  %one = constant() {value = 1.0} : f32[]
+  %a = call(%q, %m, %one, %one) {callee = "block"} : f32[1, 2, 3, 4]
+  %b = call(%a, %m, %one, %s) {callee = "block"} : f32[1, 2, 3, 4]
+  return %b
+}
+
+func @block(%x: f32[1, 2, 3, 4], %mask: bool[1, 1, 3, 3], %p: f32[], %r: f32[]) -> (f32[1, 2, 3, 4]) {
+  %y = mul(%x, %p) : f32[1, 2, 3, 4]
+  %z = mul(%y, %r) : f32[1, 2, 3, 4]
+  %o, %l = attention(%z, %z, %z, %mask) {mask = true, scale = 0.5} : f32[1, 2, 3, 4], f32[1, 2, 3]
+  return %o
+}
+""")
+    verify(module)
+    after = simplify(module)
+    verify(after)
+    block = after.functions[1]
+    assert [op.name for op in block.ops] == ["mul", "attention"]
+    assert [value.name for value in block.params] == ["x", "r"]
+    assert block.ops[-1].attrs["causal"] is True
+    assert [op.name for op in after.entry.ops] == ["constant", "call", "call"]
+    inputs = random_inputs(module)
+    assert_close(evaluate(module, inputs), evaluate(after, inputs), 1e-6)
+
+
 def test_updates_of_the_entry_are_alive() -> None:
     module = residual_stages()
     after = simplify(module)
