@@ -22,7 +22,8 @@ from .pointwise import OPTIMIZER, POINTWISE
 #: names that the text of a kernel uses itself
 RESERVED = (
     "tl", "torch", "triton", "launch", "kernel", "pid", "row", "col", "start", "blocks", "n_rows",
-    "n_cols", "BLOCK_M", "BLOCK_N", "NUM_WARPS", "n_strips", "block", "in_rows", "in_cols", "strided", "size", "grid",
+    "n_cols", "BLOCK_M", "BLOCK_N", "NUM_WARPS", "n_strips", "block", "in_rows", "in_cols",
+    "strided", "size", "grid",
     "n", *(f"d{i}" for i in range(16)),
 )  # fmt: skip
 

@@ -233,6 +233,15 @@ def test_a_vocabulary_split_keeps_cross_entropy_out_of_kernels() -> None:
     assert names(fuse(split).entry.ops) == ["cross_entropy"]
 
 
+def test_a_vocabulary_of_one_has_no_column_and_stays_outside() -> None:
+    def make(b: Builder) -> list[Value]:
+        logits, labels = x_of(b, 4, 1), x_of(b, 4, name="labels", dtype="i64")
+        loss, lse = b.many("cross_entropy", [logits, labels])
+        return [b.one("cross_entropy_backward", [loss, logits, labels, lse])]
+
+    assert names(fuse(module_of(make)).entry.ops) == ["cross_entropy", "cross_entropy_backward"]
+
+
 def test_ops_on_constants_alone_stay_outside() -> None:
     """A kernel takes its device from an operand."""
 
