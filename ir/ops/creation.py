@@ -14,7 +14,7 @@ from typing import Any
 from ..module import Attr, Op
 from ..opdef import AttrSpec, define
 from ..signature import Shape, Signature, instantiate
-from ..types import TensorType
+from ..types import FLOATS, TensorType
 
 
 def _created(ins: Sequence[Shape], outs: Sequence[Shape], attrs: Mapping[str, Attr]) -> Signature:
@@ -130,9 +130,16 @@ def _dropout(c: Any, x: Any, seed: Any) -> Any:
     return x * (keep.to(x.dtype) * scale)
 
 
-define(name="uniform", family="random", flops_per_point=60, signature=_created, ref=_uniform,
+def _float_verify(op: Op) -> str:
+    dtype = op.result.type.dtype
+    return "" if dtype in FLOATS else f"random numbers are floats, not {dtype}"
+
+
+define(name="uniform", family="random", verify=_float_verify,
+       flops_per_point=60, signature=_created, ref=_uniform,
        doc="uniform numbers in [0, 1) from a seed (i64 scalar) and the logical position")  # fmt: skip
-define(name="normal", family="random", flops_per_point=90, signature=_created, ref=_normal,
+define(name="normal", family="random", verify=_float_verify,
+       flops_per_point=90, signature=_created, ref=_normal,
        doc="standard normal numbers from a seed and the logical position (Box-Muller)")  # fmt: skip
 define(name="dropout", family="random", flops_per_point=62, signature="a..., _ -> a...",
        linear=((0,),), attrs={"p": AttrSpec("float", doc="probability of a 0")},
