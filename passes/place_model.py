@@ -27,25 +27,24 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from itertools import combinations
 from math import inf
 
 import numpy as np
 
 from ..costmodel.cluster import Cluster
 from ..costmodel.collectives import collective_cost
-from ..ir.module import Function, Module, Op, Value
+from ..ir.module import Function, Module, Value
 from ..ir.types import FLOATS, B, Mesh, TensorType, local_bytes
 from .apply import Choices, FunctionChoices
+from .place_hub import make_hub
 from .place_network import FORBIDDEN, Array, Network
+from .place_runs import executions
 from .place_states import State, states_of
 from .place_tie import Classes, classes_of
 from .reshard import Placements, legal_placements, reshard_table_us
 
 #: preference for sharded storage where time is equal: 1 us for 100 MB
 TIE_US_PER_BYTE = 1e-8
-#: states of a hub above which it gets room for one copy only
-_HUB_STATES = 400
 #: entry parameters whose bytes stay for the whole run
 PERSISTENT = frozenset({"param", "state", "buffer"})
 
@@ -272,50 +271,30 @@ class PlacementModel:
         targets = tuple(dict.fromkeys(p for need in needs for p in need[1]))
         table = reshard_table_us(type, self.mesh, sources, targets, self.cost)
         table = np.where(table == inf, FORBIDDEN, table * runs)
-        column = {placement: j for j, placement in enumerate(targets)}
         row = {placement: i for i, placement in enumerate(sources)}
+        column = {placement: j for j, placement in enumerate(targets)}
+        held = np.array([row[p] for p in end[1]])
+        wishes = [np.array([column[p] for p in need[1]]) for need in needs]
         if len(needs) == 1:
-            rows = np.array([row[p] for p in end[1]])
-            columns = np.array([column[p] for p in needs[0][1]])
-            self._connect(end[0], needs[0][0], table[np.ix_(rows, columns)])
+            self._connect(end[0], needs[0][0], table[np.ix_(held, wishes[0])])
             return
-        hub = _hub_states(sources, targets, needs, table)
-        costs = [sum(table[row[p], column[c]] for c in copies) for p, copies in hub]
-        variable = self.network.add_variable(costs)
-        if entry:
-            self._remember_copies(type, variable, hub, needs, runs)
-        agree = np.array([[0.0 if p == own else FORBIDDEN for own in end[1]] for p, _ in hub])
-        self._connect(variable, end[0], agree)
-        base = table[[row[p] for p, _ in hub]]
-        for number, (p, copies) in enumerate(hub):
-            base[number, [column[c] for c in (p, *copies) if c in column]] = 0.0
-        for need in needs:
-            self._connect(variable, need[0], base[:, [column[p] for p in need[1]]])
-
-    def _remember_copies(
-        self,
-        type: TensorType,
-        variable: int,
-        hub: list[tuple[Placements, tuple[Placements, ...]]],
-        needs: list[End],
-        runs: int,
-    ) -> None:
-        """Bytes of shared copies, and of those that a reader has made for itself alone."""
-
-        def size(placement: Placements) -> float:
-            return float(local_bytes(type.placed(placement), self.mesh) * runs)
-
-        shared = np.array([sum(map(size, copies)) for _, copies in hub], dtype=np.float64)
-        self.memory.append(_Bytes(variable, shared))
-        for number, options in needs:
-            own = np.array([
-                [0.0 if p == held or p in copies else size(p) for p in options]
-                for held, copies in hub
-            ])  # fmt: skip
-            if number >= 0:
-                self.memory.append(_Bytes(variable, own, other=number))
+        same = np.array([[source == target for target in targets] for source in sources])
+        hub = make_hub(same, table, [wish.tolist() for wish in wishes])
+        variable = self.network.add_variable(hub.copy_costs(table))
+        self._connect(variable, end[0], hub.agreement(held))
+        costs = hub.reader_costs(table)
+        for need, wish in zip(needs, wishes, strict=True):
+            self._connect(variable, need[0], costs[:, wish])
+        if not entry:
+            return
+        sizes = np.array([local_bytes(type.placed(p), self.mesh) * runs for p in targets])
+        self.memory.append(_Bytes(variable, hub.copy_bytes(sizes)))
+        own = hub.reader_bytes(sizes)
+        for need, wish in zip(needs, wishes, strict=True):
+            if need[0] >= 0:
+                self.memory.append(_Bytes(variable, own[:, wish], other=need[0]))
             else:
-                self.memory.append(_Bytes(variable, own[:, 0]))
+                self.memory.append(_Bytes(variable, own[:, wish[0]]))
 
     def _connect(self, left: int, right: int, costs: Array) -> None:
         """Add a cost table between two variables, either of which may be fixed (-1)."""
@@ -327,54 +306,3 @@ class PlacementModel:
             self.network.add_unary(left, costs[:, 0])
         else:
             self.network.add_cost(left, right, costs)
-
-
-def _hub_states(
-    sources: tuple[Placements, ...],
-    targets: tuple[Placements, ...],
-    needs: list[End],
-    table: Array,
-) -> list[tuple[Placements, tuple[Placements, ...]]]:
-    """(producer's placement, shared copies): copies that two readers may want and that cost."""
-    wanted = Counter(p for need in needs for p in set(need[1]))
-    shared = [j for j, p in enumerate(targets) if wanted[p] > 1]
-    hub: list[tuple[Placements, tuple[Placements, ...]]] = []
-    pairs: list[tuple[Placements, tuple[Placements, ...]]] = []
-    for i, source in enumerate(sources):
-        paid = [j for j in shared if 0 < table[i, j] < FORBIDDEN / 2]
-        hub.append((source, ()))
-        hub += [(source, (targets[j],)) for j in paid]
-        if len(needs) >= 4:
-            pairs += [(source, (targets[j], targets[k])) for j, k in combinations(paid, 2)]
-    return hub + pairs if len(hub) + len(pairs) <= _HUB_STATES else hub
-
-
-def executions(module: Module) -> dict[str, int]:
-    """How often each function runs in a step; 0 for functions that nothing calls."""
-    counts = {function.name: 0 for function in module.functions}
-    counts[module.entry.name] = 1
-    for function in _callers_first(module):
-        for op in function.ops:
-            if op.name == "call":
-                counts[str(op.attrs["callee"])] += counts[function.name]
-    return counts
-
-
-def _callers_first(module: Module) -> list[Function]:
-    done: set[str] = set()
-    order: list[Function] = []
-
-    def visit(function: Function) -> None:
-        if function.name in done:
-            return
-        done.add(function.name)
-        for name in dict.fromkeys(str(op.attrs["callee"]) for op in _calls(function)):
-            visit(module.function(name))
-        order.append(function)
-
-    visit(module.entry)
-    return order[::-1]
-
-
-def _calls(function: Function) -> list[Op]:
-    return [op for op in function.ops if op.name == "call"]

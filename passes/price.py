@@ -14,7 +14,8 @@ from ..costmodel.estimate import op_time_us
 from ..ir.errors import CompileError
 from ..ir.module import Function, Module, Op
 from ..ir.types import Mesh, local_bytes
-from .place_model import PERSISTENT, executions
+from .place_model import PERSISTENT
+from .place_runs import executions
 from .reshard import reshard_cost_us
 
 

@@ -19,7 +19,7 @@ from weft.ir.types import B, Mesh, S, TensorType
 from weft.ir.verify import verify
 from weft.passes.apply import apply
 from weft.passes.place import Place, PlacementResult, search, search_mesh
-from weft.passes.place_model import executions
+from weft.passes.place_runs import executions
 from weft.passes.place_states import State, states_of
 from weft.passes.price import price
 from weft.passes.reshard import Placements, legal_placements, reshard_cost_us
