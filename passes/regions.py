@@ -281,7 +281,7 @@ class Regions:
                 continue
             ops = tuple(self.ops[i] for i in indices)
             params = parameters(ops)
-            if not params or len(outputs) + len(params) > MAX_TENSORS:
+            if not params or not outputs or len(outputs) + len(params) > MAX_TENSORS:
                 continue
             try:
                 space = analyse(ops, [value.name for value in outputs])
