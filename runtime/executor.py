@@ -140,10 +140,10 @@ class Executor:
                     assert section.run is not None
                     results, left = section.run(self.state, shards, handed, None)
                 else:
-                    assert section.traced is not None
+                    traced = self.wrapper.traced(section)
                     cuda = self.device.type == "cuda"
                     with trace.step(self.function, self.comm, cuda) as clock:
-                        results, left = section.traced(self.state, shards, handed, clock)
+                        results, left = traced(self.state, shards, handed, clock)
             except ACTION_ERRORS as error:
                 raise self._failed(error) from error
             types = [self.function.results[position].type for position in section.returned]

@@ -68,6 +68,7 @@ class Groups:
         check_world(mesh, stages)
         self.rank = rank if rank is not None else dist.get_rank() if self.distributed else 0
         self.coord = mesh.coord(self.rank % mesh.size)
+        self._members: dict[str, tuple[int, ...]] = {}
         self._groups = {name: self._new_group(name) for name in mesh.names}
         self.nccl = self.distributed and dist.get_backend() == "nccl"
 
@@ -95,8 +96,11 @@ class Groups:
 
     def members(self, axis: str) -> tuple[int, ...]:
         """The ranks of this rank's process group along an axis."""
-        base = self.rank - self.rank % self.mesh.size
-        return tuple(base + r for r in self.mesh.group(self.rank % self.mesh.size, [axis]))
+        if axis not in self._members:
+            base = self.rank - self.rank % self.mesh.size
+            ranks = self.mesh.group(self.rank % self.mesh.size, [axis])
+            self._members[axis] = tuple(base + rank for rank in ranks)
+        return self._members[axis]
 
     def coords(self, axis: str) -> list[tuple[int, ...]]:
         """The mesh coordinates of the members of this rank's group along an axis."""

@@ -39,6 +39,7 @@ _PURE = frozenset({"pointwise", "reduction", "row", "movement", "indexing", "con
 _serial = count()
 
 Kernel = Callable[..., Sequence[Tensor]]
+Run = Callable[..., tuple[list[Tensor], list[Tensor]]]
 
 
 @dataclass
@@ -52,7 +53,8 @@ class Section:
         returned: those that it returns, all but the updates.
         received, handed: values that the section before leaves to it, and that it leaves.
         run: `run(state, inputs, received, clock) -> (results, handed)`; it empties `inputs`.
-        traced: the same, calling `clock(index, pending or None)` after each action.
+        traced: the same, calling `clock(index, pending or None)` after each action; made when it
+            is asked for.
         source: the Python text of `run`.
     """
 
@@ -62,8 +64,8 @@ class Section:
     returned: list[int] = field(default_factory=list)
     received: list[str] = field(default_factory=list)
     handed: list[str] = field(default_factory=list)
-    run: Callable[..., tuple[list[Tensor], list[Tensor]]] | None = None
-    traced: Callable[..., tuple[list[Tensor], list[Tensor]]] | None = None
+    run: Run | None = None
+    traced: Run | None = None
     source: str = ""
 
 
@@ -113,7 +115,12 @@ class Wrapper:
             attrs = self.function.result_attrs
             section.returned = [p for p in section.results if "updates" not in attrs[p]]
             section.run = self._function(section, traced=False)
+
+    def traced(self, section: Section) -> Run:
+        """A section's function that reads the clock after each action."""
+        if section.traced is None:
             section.traced = self._function(section, traced=True)
+        return section.traced
 
     # -- what is known before the first step ------------------------------------------------
 
