@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..module import Attr
+from ..module import Attr, Op
 from ..opdef import AttrSpec, define, maps_signature
 from ..signature import Dim, Shape, Signature, SignatureError
 from ..types import TensorType
@@ -89,7 +89,15 @@ def _prod(c: Any, x: Any) -> Any:
 
 define(name="reduce_prod", family="reduction", doc="product over dims, which must be whole",
        signature=_reduce(""), attrs=_DIMS, types=_types(), ref=_prod)  # fmt: skip
-define(name="argmax", family="reduction", doc="index of the first largest element of one dim",
+def _argmax_verify(op: Op) -> str:
+    if op.operands[0].type.dtype == "bool":
+        return "argmax of bools has no meaning"
+    dims = op.attrs["dims"]
+    return "" if isinstance(dims, tuple) and len(dims) == 1 else "argmax goes along one dim"
+
+
+define(name="argmax", family="reduction", verify=_argmax_verify,
+       doc="index of the first largest element of one dim",
        signature=_reduce(""), attrs=_DIMS, types=_types("i64"),
        ref=lambda c, x: x.argmax(c.attrs["dims"][0], keepdim=c.attrs["keepdim"]))  # fmt: skip
 

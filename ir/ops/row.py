@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..module import Attr
+from ..module import Attr, Op
 from ..opdef import AttrSpec, define
 from ..types import B, P, TensorType
 
@@ -61,12 +61,17 @@ def _layer_norm_backward(c: Any, dy: Any, x: Any, weight: Any, mean: Any, rstd: 
     return dx.to(x.dtype), dw.to(weight.dtype), db.to(weight.dtype)
 
 
+def _stats_verify(op: Op) -> str:
+    wrong = [value for value in op.operands[3:] if value.type.shape[-1] != 1]
+    return f"statistics of rows have a last dim of size 1, not {wrong[0].type}" if wrong else ""
+
+
 _EPS = {"eps": AttrSpec("float", 1e-5, doc="added to avoid a division by 0")}
 define(name="layer_norm", family="row", dtypes="f", flops_per_point=8, attrs=_EPS,
        doc="(x - mean) * rstd * weight + bias over the last dim; also mean and rstd of each row",
        signature="a... n!, n!, n! -> a... n!, a... one!, a... one!",
        types=_layer_norm_types, ref=_layer_norm)  # fmt: skip
-define(name="layer_norm_backward", family="row", dtypes="f", flops_per_point=14,
+define(name="layer_norm_backward", family="row", dtypes="f", verify=_stats_verify, flops_per_point=14,
        doc="gradients of layer_norm: (dy, x, weight, mean, rstd) -> dx, dweight, dbias",
        signature="a... n!, a... n!, n!, a... one!, a... one! -> a... n!, n!, n! ; a=sum",
        linear=((0,),), types=lambda ins, attrs: [ins[1], ins[2], ins[2]],
@@ -93,7 +98,7 @@ define(name="rms_norm", family="row", dtypes="f", flops_per_point=6, attrs=_EPS,
        doc="x * rsqrt(mean(x * x) + eps) * weight over the last dim; also the factor of each row",
        signature="a... n!, n! -> a... n!, a... one!",
        types=lambda ins, attrs: _layer_norm_types(ins, attrs)[:2], ref=_rms_norm)  # fmt: skip
-define(name="rms_norm_backward", family="row", dtypes="f", flops_per_point=10,
+define(name="rms_norm_backward", family="row", dtypes="f", verify=_stats_verify, flops_per_point=10,
        doc="gradients of rms_norm: (dy, x, weight, rstd) -> dx, dweight",
        signature="a... n!, a... n!, n!, a... one! -> a... n!, n! ; a=sum",
        linear=((0,),), types=lambda ins, attrs: [ins[1], ins[2]], ref=_rms_norm_backward)  # fmt: skip
