@@ -1,118 +1,139 @@
-"""Where a sequence of ops repeats: candidates for outlining, found by structure alone.
-
-A program is a word over colours (an op's name, attributes and types). For each shift `d`, the
-positions where the word equals itself shifted by `d` form runs; a run of at least `d` positions is
-a tandem repeat `w w ... w` of period `d`, a shorter one is a pair of equal subwords. All runs of
-all shifts take O(n^2) comparisons in numpy: 0.2 s for 6,000 ops. (Suffix structures do it in
-O(n log n), Kolpakov and Kucherov 1999, at the price of several times the code.)
-"""
+"""Finding the blocks of a sequence of ops: candidates by their words, proofs by their dataflow."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-Colors = npt.NDArray[np.int32]
-Costs = npt.NDArray[np.int64]
+from ..ir.module import Op
+from .outline_core import Instance, Wiring, color_key, common_prefix, foreign, is_update, wiring
+from .outline_words import Colors, Costs, best_cut, occurrences, repeats
 
-
-@dataclass(frozen=True)
-class Repeat:
-    """Positions [start, start + length) repeat with `period`; copies overlap when it is tandem.
-
-    `saving` is how many ops disappear when all of its copies, here and elsewhere, become calls.
-    """
-
-    start: int
-    length: int
-    period: int
-    saving: int
-
-    @property
-    def tandem(self) -> bool:
-        """Do the copies stand one behind the other?"""
-        return self.length >= 2 * self.period
+#: repeats looked at before giving up; the useful ones come first
+_CANDIDATES = 100
 
 
-def repeats(colors: Colors, min_ops: int, min_apart: int) -> list[Repeat]:
-    """Candidates, the largest saving first.
+class Finder:
+    """Finds the blocks of a sequence of ops: lists of instances with equal dataflow."""
 
-    `min_ops` is the smallest period of a tandem repeat, `min_apart` the smallest length of a pair.
-    """
-    groups: dict[tuple[int, ...], list[tuple[int, int, int]]] = defaultdict(list)
-    found: list[Repeat] = []
-    count = len(colors)
-    for period in range(min_ops, count):
-        same = colors[period:] == colors[:-period]
-        least = min(period, min_apart)
-        if int(np.count_nonzero(same)) < least:
-            continue
-        edges = np.flatnonzero(np.diff(np.concatenate(([0], same.view(np.int8), [0]))))
-        for start, stop in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
-            run = stop - start
-            if run >= period:
-                word = colors[start : start + period]
-                groups[(period, *np.sort(word).tolist())].append((start, run, period))
-            elif run >= min_apart:
-                found.append(Repeat(start, run, period, run))
-    for (period, *_), runs in groups.items():
-        copies = sum(run // period + 1 for _, run, _ in runs)
-        start, run, _ = max(runs, key=lambda item: (item[1], -item[0]))
-        found.append(Repeat(start, run + period, period, (copies - 1) * period))
-    return sorted(found, key=lambda r: (-r.saving, r.period, r.start))
+    def __init__(self, core: Sequence[Op]) -> None:
+        self.core = core
+        table: dict[object, int] = {}
+        colors = [table.setdefault(color_key(op), len(table)) for op in core]
+        self.colors: Colors = np.array(colors, dtype=np.int32)
+        self.covered = 0
+        self.crossing, self.widths = self._live()
+        self.agreement = self._agreement()
 
+    def _live(self) -> tuple[Costs, list[int]]:
+        """Bytes and number of the values that are live before each position, and at the end."""
+        made: dict[str, int] = {}
+        last: dict[str, int] = {}
+        size: dict[str, int] = {}
+        for position, op in enumerate(self.core):
+            for value in op.operands:
+                last[value.name] = position
+            for value in op.results:
+                made[value.name], size[value.name] = position, value.type.bytes
+        steps = np.zeros((2, len(self.core) + 2), dtype=np.int64)
+        for name, position in made.items():
+            if name in last:
+                steps[:, position + 1] += (size[name], 1)
+                steps[:, last[name] + 1] -= (size[name], 1)
+        total = np.cumsum(steps, axis=1)
+        return total[0], total[1].tolist()
 
-def best_cut(
-    repeat: Repeat, crossing: Costs, agreement: Costs, widths: Sequence[int]
-) -> tuple[int, int]:
-    """The subword [start, stop) that becomes the function.
+    def _agreement(self) -> Costs:
+        """Leading module path components that the ops around each position share."""
+        shared = np.zeros(len(self.core) + 2, dtype=np.int64)
+        paths = [op.loc.path.split(".") if op.loc.path else [] for op in self.core]
+        for position in range(1, len(paths)):
+            shared[position] = len(common_prefix(paths[position - 1 : position + 1]))
+        return shared
 
-    Of the rotations of a tandem repeat the one where the fewest bytes live across the boundaries of
-    copies, then the one with most copies, then the one that agrees best with the user's modules.
-    `crossing[t]` is the number of live bytes before position t, `widths[t]` the number of values,
-    `agreement[t]` the number of module path components that positions t - 1 and t share: a good
-    boundary shares few. Of a pair, up to a quarter on either end is trimmed for a better boundary.
-    """
-    start, period = repeat.start, repeat.period
-    stop = start + repeat.length
-    if not repeat.tandem:
-        quarter = repeat.length // 4
-        first = min(range(start, start + quarter + 1), key=lambda t: (crossing[t], widths[t], t))
-        ends = range(stop - quarter, stop + 1)
-        last = min(ends, key=lambda t: (crossing[t], widths[t], -t))
-        return first, last
+    def find(self, min_ops: int, min_apart: int) -> list[list[Instance]]:
+        """The instances of each block, in program order."""
+        blocks: list[list[Instance]] = []
+        rejected: set[bytes] = set()
+        while True:
+            found: list[list[Instance]] = []
+            for repeat in repeats(self.colors, min_ops, min_apart)[:_CANDIDATES]:
+                start, stop = best_cut(repeat, self.crossing, self.agreement, self.widths)
+                word = self.colors[start:stop].copy()
+                if word.tobytes() in rejected:
+                    continue
+                found = self._groups(word, min_apart)
+                if found:
+                    break
+                rejected.add(word.tobytes())
+            if not found:
+                return blocks
+            for group in found:
+                for instance in group:
+                    self._cover(instance)
+            blocks += [self._extend(word, group) for group in found]
 
-    def cost(offset: int) -> tuple[int, int, int, int, int]:
-        copies = (repeat.length - offset) // period
-        cuts = range(start + offset + period, start + offset + copies * period, period)
-        shared = int(sum(agreement[t] for t in cuts))
-        return (
-            max(int(crossing[t]) for t in cuts),
-            max(widths[t] for t in cuts),
-            -copies,
-            shared,
-            offset,
-        )
+    def _groups(self, word: Colors, min_apart: int) -> list[list[Instance]]:
+        """Copies of a word, grouped by their dataflow."""
+        classes: dict[Wiring, list[Instance]] = {}
+        for start in occurrences(self.colors, word):
+            instance = tuple(range(start, start + len(word)))
+            classes.setdefault(wiring(self.core, instance), []).append(instance)
+        return [
+            group
+            for group in classes.values()
+            if len(group) > 1
+            and (len(word) >= min_apart or self._updates(group[0]) or self._chained(group))
+        ]
 
-    offsets = [s for s in range(period) if (repeat.length - s) // period >= 2]
-    offset = min(offsets, key=cost)
-    return start + offset, start + offset + period
+    def _updates(self, instance: Instance) -> bool:
+        return all(is_update(self.core[position]) for position in instance)
 
+    def _chained(self, group: Sequence[Instance]) -> bool:
+        """Does each copy read a result of an earlier one?"""
+        made: set[str] = set()
+        for instance in group:
+            read = {value.name for position in instance for value in self.core[position].operands}
+            if made and not made & read:
+                return False
+            made |= {value.name for position in instance for value in self.core[position].results}
+        return True
 
-def occurrences(colors: Colors, word: Colors) -> list[int]:
-    """Starts of the non-overlapping copies of `word`, from the left."""
-    data, pattern = colors.tobytes(), word.tobytes()
-    width = colors.itemsize
-    starts: list[int] = []
-    position = data.find(pattern)
-    while position >= 0:
-        if position % width:
-            position = data.find(pattern, position + 1)
-            continue
-        starts.append(position // width)
-        position = data.find(pattern, position + len(pattern))
-    return starts
+    def _cover(self, instance: Iterable[int]) -> None:
+        for position in instance:
+            self.covered += 1
+            self.colors[position] = -self.covered
+
+    def _extend(self, word: Colors, group: list[Instance]) -> list[Instance]:
+        """Add neighbours that are copies but for foreign ops in between."""
+        target = wiring(self.core, group[0])
+        group = list(group)
+        for step, start in ((-1, group[0][0] - 1), (1, group[-1][-1] + 1)):
+            while True:
+                instance = self._match(word, start, step)
+                if instance is None or wiring(self.core, instance) != target:
+                    break
+                if foreign(self.core, instance) is None:
+                    break
+                hull = range(instance[0], instance[-1] + 1)
+                self._cover(hull)
+                group.append(instance)
+                start = hull[0] - 1 if step < 0 else hull[-1] + 1
+        return sorted(group)
+
+    def _match(self, word: Colors, start: int, step: int) -> Instance | None:
+        """The word as a subsequence from `start` on, read in the direction of `step`."""
+        wanted = word[::step].tolist()
+        slack = len(wanted) // 2 + 8  # more foreign ops than that make it another block
+        out: list[int] = []
+        position = start
+        while len(out) < len(wanted):
+            if not 0 <= position < len(self.colors) or slack < 0 or self.colors[position] < 0:
+                return None
+            if self.colors[position] == wanted[len(out)]:
+                out.append(position)
+            else:
+                slack -= 1
+            position += step
+        return tuple(out[::step])

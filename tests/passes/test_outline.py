@@ -26,8 +26,9 @@ from weft.ir.module import NOWHERE, Module, Value
 from weft.ir.types import TensorType
 from weft.ir.verify import verify
 from weft.passes.inline import inline, rebase
-from weft.passes.outline import CONSTANTS, Outline, color_key, foreign
-from weft.passes.outline_find import occurrences, repeats
+from weft.passes.outline import Outline
+from weft.passes.outline_core import CONSTANTS, color_key, foreign
+from weft.passes.outline_words import occurrences, repeats
 from weft.runtime.interpreter import evaluate
 
 
