@@ -10,9 +10,12 @@ import argparse
 import json
 import statistics
 import time
+import timeit
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
@@ -21,8 +24,9 @@ from torch import Tensor
 
 from weft.ir.builder import Builder
 from weft.ir.module import Function, Module, Op, Value
-from weft.ir.types import B, Mesh, TensorType
+from weft.ir.types import B, Mesh, P, Placement, S, TensorType
 from weft.passes.schedule import Schedule
+from weft.runtime.comm import Comm
 from weft.runtime.executor import Executor
 from weft.runtime.schedule_check import check
 
@@ -114,6 +118,50 @@ def overhead_rows(repeats: int) -> list[dict[str, Any]]:
     ]
 
 
+class _Done:
+    """A transfer that is done at once."""
+
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
+
+def transfer_rows(repeats: int) -> list[dict[str, Any]]:
+    """Microseconds of Python around a transfer, the transfer itself being replaced by nothing."""
+    mesh = Mesh((("x", 2),))
+    patches = {
+        "weft.runtime.groups.check_world": None, "weft.runtime.groups.dist.new_group": mesh,
+        "weft.runtime.transfers.dist.all_reduce": _Done(),
+        "weft.runtime.transfers.dist.all_to_all_single": _Done(),
+        "weft.runtime.transfers._gather_single": _Done(),
+    }  # fmt: skip
+    x = torch.ones(8, 8)
+    kinds: list[tuple[str, Placement, Placement, dict[str, int], Tensor, Callable[[], object]]] = [
+        ("all_reduce", P(), B, {}, x, x.clone),
+        ("all_gather", S(0), B, {"dim": 0}, x[:4], lambda: x.new_empty(64).view(8, 8)),
+        ("reduce_scatter", P(), S(0), {"dim": 0}, x,
+         lambda: x.new_empty(64).view(2, 4, 8).sum(0)),
+    ]  # fmt: skip
+    rows = []
+    with ExitStack() as stack:
+        for name, value in patches.items():
+            stack.enter_context(patch(name, lambda *a, value=value, **k: value))
+        comm = Comm(mesh, 0)
+        for name, before, after, attrs, operand, alone in kinds:
+            types = (TensorType("f32", (8, 8), (p,)) for p in (before, after))
+            a, b = (Value(n, type) for n, type in zip("xy", types, strict=True))
+            action = comm.action(Op(name, (a,), (b,), {"axis": "x", **attrs}))
+            added = best_us(lambda: action(operand), repeats) - best_us(alone, repeats)
+            rows.append(
+                row(f"{name}, Python added", added, "us", TARGET_US, "its tensor ops alone")
+            )
+    return rows
+
+
+def best_us(run: Callable[[], object], repeats: int) -> float:
+    """The time of a call in the fastest of five batches."""
+    return min(timeit.repeat(run, number=repeats, repeat=5)) / repeats * 1e6
+
+
 def check_rows(ranks: int, collectives: int) -> list[dict[str, Any]]:
     """Seconds of the static check for many ranks of one program."""
     mesh = Mesh((("dp", ranks // 100), ("tp", 100)))
@@ -143,7 +191,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows to a file")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = overhead_rows(50 if options.quick else 400) + check_rows(10_000, 2000)
+    rows = overhead_rows(50 if options.quick else 400) + transfer_rows(500)
+    rows += check_rows(10_000, 2000)
     table = Table("measurement", "value", "target", "holds", "against")
     for r in rows:
         target = "" if r["target"] is None else f"<= {r['target']} {r['unit']}"

@@ -134,6 +134,31 @@ def collectives(world: World, argument: str) -> Report:
     return {"failures": failures, "count": number + 1}
 
 
+def stages(world: World, argument: str) -> Report:
+    """Two pipeline stages of two ranks: values go to the same coordinate of the other stage."""
+    mesh = Mesh((("x", 2),))
+    comm = Comm(mesh, stages=2)
+    stage = world.rank // 2
+    value = Value("x", TensorType("f32", (3, 4), (S(0),)))
+    peer = world.rank + 2 - 4 * stage
+    failures = []
+    for tag, later in enumerate((False, True)):
+        attrs: dict[str, Attr] = {"tag": tag, "async": later}
+        send = comm.action(Op("send", (value,), (value,), {**attrs, "to": 1 - stage}))
+        recv = comm.action(Op("recv", (), (value,), {**attrs, "source": 1 - stage}))
+        mine = torch.full((2 - world.rank % 2, 4), float(world.rank))
+        # of two that send first each would wait for the other
+        first, second = (send, recv) if stage == 0 or later else (recv, send)
+        out = [act(mine) if act is send else act() for act in (first, second)]
+        got = out[1] if first is send else out[0]
+        if later:
+            out[0].wait()
+            got = out[1].wait()
+        if not torch.equal(got, torch.full_like(mine, float(peer))):
+            failures.append(f"{got} from {peer}")
+    return {"failures": failures}
+
+
 def rank_values(op: Op, mesh: Mesh, seed: int) -> list[Tensor]:
     """The operand of a transfer on each rank, small integers so that sums are exact."""
     g = Generator().manual_seed(seed)
@@ -240,7 +265,7 @@ def die(world: World, argument: str) -> Report:
 
 TASKS: dict[str, Callable[[World, str], Report]] = {
     task.__name__: task
-    for task in (programs, collectives, train, fewer, differ, fail, die, linger, halves)
+    for task in (programs, collectives, train, fewer, differ, fail, die, linger, halves, stages)
 }  # fmt: skip
 
 
