@@ -19,7 +19,8 @@ from .base import Pass
 from .dead_code import eliminate_dead, without_dead_ops
 from .inline import callees_first, is_kernel
 from .simplify_affine import Affine
-from .simplify_facts import Fact, Small, infer
+from .simplify_domain import Fact, Small
+from .simplify_facts import infer
 from .simplify_rules import RULES, Rule
 
 #: elements that are written out as a literal

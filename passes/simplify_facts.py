@@ -1,208 +1,24 @@
-"""What is known about values without running the program: the domain of constant folding.
+"""Inferring facts: an op's follow from its operands', by formulas where they last, else by data.
 
 `Affine` (`simplify_affine.py`) knows integer tensors of any size by a formula, `Below` bool tensors
 that compare one with 0, `Choice` float masks made of one; `Small` tensors are known by their data.
-An op's facts follow from its operands' (`infer`), by the formulas where they last, else by data.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from math import isnan, prod
+from math import prod
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..ir.module import Op
 from ..ir.opdef import full_attrs
 from ..ir.types import FLOATS, TensorType
 from . import simplify_affine as affine
 from .simplify_affine import Affine
-
-Array = npt.NDArray[Any]
-#: elements of a tensor that is known by its data
-SMALL = 256
-#: integers up to this size are exact in f32 and f64
-_EXACT = 1 << 24
-_NUMPY = {"f64": np.float64, "f32": np.float32, "i64": np.int64, "i32": np.int32, "i16": np.int16,
-          "i8": np.int8, "u8": np.uint8, "bool": np.bool_}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Below:
-    """True where `of` <= 0."""
-
-    of: Affine
-
-
-@dataclass(frozen=True)
-class Choice:
-    """`yes` where `test` holds, else `no`."""
-
-    test: Below
-    yes: float
-    no: float
-
-
-@dataclass(frozen=True, eq=False)
-class Small:
-    """A tensor by its data."""
-
-    data: Array
-
-
-Fact = Affine | Below | Choice | Small
-
-
-def rounded(value: bool | int | float, dtype: str) -> bool | int | float | None:
-    """A number as `dtype` holds it; None for those that are not folded (f8, NaN, overflow)."""
-    if dtype == "bool":
-        return bool(value)
-    if dtype not in FLOATS:
-        info = np.iinfo(_NUMPY[dtype])
-        return int(value) if info.min <= int(value) <= info.max else None
-    number = float(value)
-    if isnan(number):
-        return None
-    with np.errstate(over="ignore"):
-        if dtype == "f64":
-            return number
-        if dtype in ("f32", "f16"):
-            return float(np.float32(number) if dtype == "f32" else np.float16(number))
-        if dtype == "bf16" and np.isfinite(number):  # round half to even on the upper 16 bits
-            bits = int(np.float32(number).view(np.uint32))
-            bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
-            return float(np.uint32(bits).view(np.float32))
-    return number if dtype == "bf16" else None
-
-
-def infer(op: Op, facts: Mapping[str, Fact]) -> Fact | None:
-    """What is known about the only result of an op; None for ops with several results."""
-    if len(op.results) != 1 or op.name not in _RULES and op.name not in _DATA:
-        return None
-    known = [facts.get(value.name) for value in op.operands]
-    if None in known or not op.results[0].type.numel:
-        return None
-    fact: Fact | None = None
-    if op.name in _RULES:
-        fact = _RULES[op.name](op, full_attrs(op.name, op.attrs), known)
-    return fact if fact is not None else _by_data(op, known)
-
-
-# -- by data ---------------------------------------------------------------------------------------
-
-
-def data_of(fact: Fact | None, type: TensorType) -> Array | None:
-    """The elements of a small tensor, from any fact."""
-    if isinstance(fact, Small):
-        return fact.data
-    if type.numel > SMALL or type.dtype not in _NUMPY:
-        return None
-    if isinstance(fact, Below):
-        inner = data_of(fact.of, TensorType("i64", type.shape))
-        return None if inner is None else inner <= 0
-    if not isinstance(fact, Affine):
-        return None
-    out = np.full((1,) * len(type.shape), 0, dtype=np.int64)
-    if fact.uniform:
-        return np.full(type.shape, fact.offset, dtype=_NUMPY[type.dtype])
-    for d, factors in enumerate(fact.dims):
-        line = np.zeros(1, dtype=np.int64)
-        for size, step in factors:
-            line = (line[:, None] + np.arange(size) * step).reshape(-1)
-        out = out + line.reshape([-1 if k == d else 1 for k in range(len(type.shape))])
-    return (out + int(fact.offset)).astype(_NUMPY[type.dtype])
-
-
-def fact_of(data: Array) -> Fact | None:
-    """The simplest fact that says these elements."""
-    first = data.reshape(-1)[0].item()
-    if isinstance(first, float) and isnan(first):
-        return None
-    if bool((data == first).all()):
-        return affine.uniform(first, data.shape)
-    return Small(data)
-
-
-def _by_data(op: Op, known: Sequence[Fact | None]) -> Fact | None:
-    type = op.results[0].type
-    evaluate = _DATA.get(op.name)
-    if evaluate is None or type.dtype not in _NUMPY or type.numel > SMALL:
-        return None
-    if {value.type.dtype for value in op.operands} & FLOATS and op.name not in _EXACT_FLOATS:
-        return None
-    arrays = []
-    for value, fact in zip(op.operands, known, strict=True):
-        array = data_of(fact, value.type)
-        if array is None:
-            return None
-        arrays.append(array)
-    out = evaluate(full_attrs(op.name, op.attrs), type, *arrays)
-    return None if out is None else fact_of(np.asarray(out, dtype=_NUMPY[type.dtype]))
-
-
-def _cumsum(a: Mapping[str, Any], type: TensorType, x: Array) -> Array:
-    return np.cumsum(x, axis=a["dim"])
-
-
-def _divide(name: str) -> Callable[..., Array | None]:
-    def evaluate(a: Mapping[str, Any], type: TensorType, x: Array, y: Array) -> Array | None:
-        return None if (y == 0).any() else getattr(np, name)(x, y)
-
-    return evaluate
-
-
-def _plain(name: str) -> Callable[..., Array]:
-    return lambda a, type, *xs: getattr(np, name)(*xs)
-
-
-def _cast_data(a: Mapping[str, Any], type: TensorType, x: Array) -> Array | None:
-    whole = type.dtype not in FLOATS and type.dtype != "bool" and x.dtype.kind == "f"
-    if whole and not (np.abs(x) < _EXACT).all():
-        return None  # out of range: left to the device
-    return x.astype(_NUMPY[type.dtype])
-
-
-def _slice_data(a: Mapping[str, Any], type: TensorType, x: Array) -> Array:
-    index = [slice(None)] * x.ndim
-    index[a["dim"]] = slice(a["start"], a["stop"], a["step"])
-    return x[tuple(index)]
-
-
-def _reduce(name: str) -> Callable[..., Array]:
-    return lambda a, type, x: getattr(np, name)(x, axis=a["dims"], keepdims=a["keepdim"])
-
-
-_DATA: dict[str, Callable[..., Array | None]] = {
-    "add": _plain("add"), "sub": _plain("subtract"), "mul": _plain("multiply"),
-    "neg": _plain("negative"), "abs": _plain("abs"), "maximum": _plain("maximum"),
-    "minimum": _plain("minimum"), "eq": _plain("equal"), "ne": _plain("not_equal"),
-    "lt": _plain("less"), "le": _plain("less_equal"), "gt": _plain("greater"),
-    "ge": _plain("greater_equal"), "logical_and": _plain("logical_and"),
-    "logical_or": _plain("logical_or"), "logical_not": _plain("logical_not"),
-    "where": _plain("where"), "floor_divide": _divide("floor_divide"),
-    "remainder": _divide("remainder"), "cumsum": _cumsum, "slice": _slice_data,
-    "reduce_sum": _reduce("sum"), "reduce_max": _reduce("max"), "reduce_min": _reduce("min"),
-    "cast": _cast_data,
-    "reshape": lambda a, type, x: x.reshape(type.shape),
-    "expand": lambda a, type, x: np.broadcast_to(x, type.shape),
-    "permute": lambda a, type, x: x.transpose(a["dims"]),
-    "flip": lambda a, type, x: np.flip(x, a["dim"]),
-    "concat": lambda a, type, *xs: np.concatenate(xs, a["dim"]),
-    "take": lambda a, type, x, index: np.take(x, index, axis=a["dim"]),
-    "gather": lambda a, type, x, index: np.take_along_axis(x, index, axis=a["dim"]),
-}  # fmt: skip
-#: ops whose float results do not depend on who computes them (IEEE 754, or no arithmetic at all)
-_EXACT_FLOATS = frozenset({
-    "add", "sub", "mul", "neg", "abs", "maximum", "minimum", "eq", "ne", "lt", "le", "gt", "ge",
-    "where", "slice", "reshape", "expand", "permute", "flip", "concat", "take", "gather",
-    "reduce_max", "reduce_min", "cast",
-})  # fmt: skip
-
-
-# -- by formula ------------------------------------------------------------------------------------
+from .simplify_data import DATA, by_data, fact_of
+from .simplify_domain import EXACT, NUMPY, SMALL, Below, Choice, Fact, rounded
 
 
 def _constant(op: Op, a: Mapping[str, Any], known: Sequence[Any]) -> Fact | None:
@@ -213,9 +29,9 @@ def _constant(op: Op, a: Mapping[str, Any], known: Sequence[Any]) -> Fact | None
 
 def _literal(op: Op, a: Mapping[str, Any], known: Sequence[Any]) -> Fact | None:
     type = op.results[0].type
-    if type.dtype not in _NUMPY or type.numel > SMALL:
+    if type.dtype not in NUMPY or type.numel > SMALL:
         return None
-    return fact_of(np.array(a["values"], dtype=_NUMPY[type.dtype]).reshape(type.shape))
+    return fact_of(np.array(a["values"], dtype=NUMPY[type.dtype]).reshape(type.shape))
 
 
 def _iota(op: Op, a: Mapping[str, Any], known: Sequence[Any]) -> Fact | None:
@@ -231,7 +47,7 @@ def _checked(fact: Affine | None, type: TensorType) -> Affine | None:
         value = None if fact is None else rounded(fact.offset, type.dtype)
         return None if value is None else affine.uniform(value, type.shape)
     if type.dtype in FLOATS:
-        exact = type.dtype in ("f32", "f64") and max(-fact.low, fact.high) <= _EXACT
+        exact = type.dtype in ("f32", "f64") and max(-fact.low, fact.high) <= EXACT
         return fact if exact else None
     low, high = rounded(fact.low, type.dtype), rounded(fact.high, type.dtype)
     return None if type.dtype == "bool" or low is None or high is None else fact
@@ -435,7 +251,7 @@ def _reduce_fact(op: Op, a: Mapping[str, Any], known: Sequence[Any]) -> Fact | N
     if op.name != "reduce_sum":
         return affine.uniform(x.offset, type.shape)
     count = prod(op.operands[0].type.shape[d] for d in a["dims"])
-    if x.offset % 1 or abs(x.offset) * count > _EXACT:
+    if x.offset % 1 or abs(x.offset) * count > EXACT:
         return None
     return _checked(affine.uniform(int(x.offset) * count, type.shape), type)
 
@@ -469,3 +285,16 @@ _RULES: dict[str, Callable[[Op, Mapping[str, Any], Sequence[Any]], Fact | None]]
     "reduce_sum": _reduce_fact, "reduce_max": _reduce_fact, "reduce_min": _reduce_fact,
     "take": _take,
 }  # fmt: skip
+
+
+def infer(op: Op, facts: Mapping[str, Fact]) -> Fact | None:
+    """What is known about the only result of an op; None for ops with several results."""
+    if len(op.results) != 1 or op.name not in _RULES and op.name not in DATA:
+        return None
+    known = [facts.get(value.name) for value in op.operands]
+    if None in known or not op.results[0].type.numel:
+        return None
+    fact: Fact | None = None
+    if op.name in _RULES:
+        fact = _RULES[op.name](op, full_attrs(op.name, op.attrs), known)
+    return fact if fact is not None else by_data(op, known)

@@ -16,7 +16,7 @@ from ..ir.ops import OPS
 from ..ir.ops.pointwise import broadcast
 from ..ir.types import TensorType
 from .simplify_affine import Affine, uniform
-from .simplify_facts import Choice, Fact
+from .simplify_domain import Choice, Fact
 
 
 class Scope(Protocol):

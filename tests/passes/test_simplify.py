@@ -23,7 +23,9 @@ from weft.passes.dead_code import eliminate_dead
 from weft.passes.outline import Outline
 from weft.passes.simplify import simplify
 from weft.passes.simplify_affine import Affine
-from weft.passes.simplify_facts import SMALL, Below, Fact, Small, data_of, infer
+from weft.passes.simplify_data import data_of
+from weft.passes.simplify_domain import SMALL, Below, Fact, Small
+from weft.passes.simplify_facts import infer
 from weft.runtime.interpreter import evaluate
 
 
