@@ -35,6 +35,10 @@ Number = bool | int | float
 Operand = Value | Number
 
 
+#: operators without results that only check or report; a plan leaves them out
+_CHECKS = ("aten._assert", "aten.sym_constrain", "aten._linalg_check_errors", "aten._print")
+
+
 class Unsupported(Exception):
     """An entry cannot express this call; it becomes an opaque `aten` op."""
 
@@ -197,9 +201,12 @@ class Lowering:
         args = torch.fx.node.map_arg(node.args, lambda n: env[n])
         kwargs = torch.fx.node.map_arg(node.kwargs, lambda n: env[n])
         if node.target is operator.getitem:
-            return args[0][args[1]]
+            values: Any = args
+            return values[0][values[1]]
         target = str(node.target)
-        if target.startswith(("aten._assert", "aten.sym_constrain")):
+        if target == "with_effects" and str(args[1]).startswith(_CHECKS):
+            return None, None  # the next effect's token, and no result
+        if target.startswith(_CHECKS):
             return None
         self.outs = self._types(node)
         self.users = frozenset(
@@ -314,8 +321,8 @@ def broken_entries() -> list[str]:
     """Table entries that name no overload of this PyTorch (some come and go with versions)."""
     missing = []
     for target in TABLE:
-        _, packet, overload = target.split(".")
-        if not hasattr(getattr(torch.ops.aten, packet, None), overload):
+        space, packet, overload = target.split(".")
+        if space == "aten" and not hasattr(getattr(torch.ops.aten, packet, None), overload):
             missing.append(target)
     return missing
 

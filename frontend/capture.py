@@ -60,7 +60,8 @@ TABLE["weft.stop_gradient.default"] = _stop
 @lru_cache(maxsize=1)
 def decompositions() -> Mapping[Any, Callable[..., Any]]:
     """What torch decomposes: its default table, less the operators that weft has entries for."""
-    return {op: rule for op, rule in default_decompositions().items() if str(op) not in TABLE}
+    table: Any = default_decompositions().items()  # type: ignore[no-untyped-call]
+    return {op: rule for op, rule in table if str(op) not in TABLE}
 
 
 def capture(root: torch.nn.Module, tensors: Sequence[Tensor]) -> ExportedProgram:
@@ -72,10 +73,11 @@ def capture(root: torch.nn.Module, tensors: Sequence[Tensor]) -> ExportedProgram
     Raises CompileError W0301, W0302; an exception of the user's program passes through.
     """
     with diagnosed(), _places():
-        program = export(root, tuple(tensors), strict=False)
+        program: ExportedProgram = export(root, tuple(tensors), strict=False)
     with diagnosed():
         _mark_stops(program.graph_module)
-        return program.run_decompositions(dict(decompositions()))
+        decomposed: ExportedProgram = program.run_decompositions(dict(decompositions()))
+    return decomposed
 
 
 @contextmanager
@@ -83,7 +85,7 @@ def _places() -> Iterator[None]:
     """Let torch record where in the user's program an op stands: it keeps frames of functions
     called `forward` only, which leaves out train steps and helpers."""
     original = TracerBase._filter_traceback_frames
-    TracerBase._filter_traceback_frames = lambda self, stack: user_frames(stack)  # type: ignore[method-assign]
+    TracerBase._filter_traceback_frames = lambda self, stack: user_frames(stack)  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

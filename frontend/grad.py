@@ -225,8 +225,8 @@ class Differentiator:
         outs = []
         for i in grads:
             param = function.params[i]
-            ct = cts.get(param.name)
-            outs.append(ct or c.constant(0, param.type.dtype, param.type.shape))
+            found = cts.get(param.name)
+            outs.append(found or c.constant(0, param.type.dtype, param.type.shape))
         return self._assemble(function, ops, builder, grads, outs)
 
     def _assemble(

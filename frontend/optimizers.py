@@ -119,7 +119,7 @@ def states_of(
     steps = 0.0
     for parameter, state in optimizer.state.items():
         name = names.get(id(parameter))
-        if name not in updates:
+        if name is None or name not in updates:
             continue
         for key in updates[name].states:
             if isinstance(state.get(key), Tensor):

@@ -236,7 +236,7 @@ def _finish(
         elif spec.kind is OutputKind.USER_OUTPUT:
             results.append(value)
             attrs.append({"role": "output"})
-        else:
+        elif spec.kind is not OutputKind.TOKEN:
             raise CompileError(
                 "W0302", f"the program changes {spec.target or 'an input'} in place",
                 reason="an input belongs to the caller; only parameters and buffers may change",

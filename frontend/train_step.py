@@ -159,11 +159,11 @@ class _Recorder:
         def unsupported(*args: Any, **kwargs: Any) -> None:
             raise _misused("torch.autograd.backward() is called", "call loss.backward()")
 
-        own = vars(self.optimizer)
-        kept = {name: own[name] for name in ("step", "zero_grad") if name in own}
+        own: dict[str, Any] = vars(self.optimizer)
+        kept: dict[str, Any] = {n: own[n] for n in ("step", "zero_grad") if n in own}
         backward, free = torch.Tensor.backward, torch.autograd.backward
         own.update(step=self.step, zero_grad=self.zero_grad)
-        torch.Tensor.backward = lambda loss, *a, **k: self.backward(loss, *a, **k)  # type: ignore[method-assign, assignment]
+        torch.Tensor.backward = lambda loss, *a, **k: self.backward(loss, *a, **k)  # type: ignore[method-assign]
         torch.autograd.backward = unsupported
         try:
             self.zero_grad()
@@ -295,7 +295,7 @@ def trace_module_train(
     def step(model: torch.nn.Module, optim: torch.optim.Optimizer, *batch: Any, **named: Any
              ) -> Tensor:  # fmt: skip
         loss = loss_of(model(*batch, **named))
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optim.step()
         return loss
 
