@@ -4,9 +4,11 @@ import random
 import re
 
 import pytest
+from tests.ir.test_verify import LOGICAL, PLACED, SCHEDULE, SPMD
 
 from weft.ir.errors import CompileError
 from weft.ir.parser import parse_module
+from weft.ir.verify import verify
 
 GOOD = """\
 weft 1 placed
@@ -152,3 +154,21 @@ def test_ten_thousand_mutations_parse_or_end_in_a_diagnostic() -> None:
             line = text.split("\n")[error.span.line - 1]
             assert 1 <= error.span.column <= len(line) + 1
     assert 5_000 < rejected < 10_000  # mutations matter, and some are harmless
+
+
+@pytest.mark.parametrize("base", [LOGICAL, PLACED, SPMD, SCHEDULE])
+def test_what_still_parses_is_verified_or_ends_in_a_diagnostic(base: str) -> None:
+    rng = random.Random(1)
+    parsed = refused = 0
+    for _ in range(1500):
+        try:
+            module = parse_module(mutate(base, rng))
+        except CompileError:
+            continue
+        parsed += 1
+        try:
+            verify(module)
+        except CompileError as error:
+            refused += 1
+            assert error.code in ("W0201", "W0202", "W0203")
+    assert parsed > refused > 10

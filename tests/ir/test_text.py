@@ -112,13 +112,11 @@ def large_module(count: int) -> Module:
 def test_five_thousand_ops_are_read_in_five_seconds() -> None:
     module = large_module(5000)
     text = print_module(module)
-    best = math.inf
-    for _ in range(3):  # another process may have the core
-        start = time.perf_counter()
-        again = parse_module(text)
-        best = min(best, time.perf_counter() - start)
+    start = time.process_time()
+    again = parse_module(text)
+    seconds = time.process_time() - start
     assert again == module
-    assert best < 5.0
+    assert seconds < 5.0
 
 
 def test_order_of_attributes_is_kept_and_does_not_matter_for_equality() -> None:
