@@ -28,6 +28,7 @@ from ..ir.types import Mesh, TensorType
 from .comm import TIMEOUT_S, Comm
 from .context import TORCH_DTYPES
 from .executor import Executor
+from .heap import trim
 from .schedule_check import check
 from .trace import Trace
 from .wrapper import Kernel
@@ -76,6 +77,7 @@ class Program:
         same_plan(module, self.comm)
         self.executor = Executor(module, comm=self.comm, device=device, kernels=kernels)
         self._trace: Trace | None = None
+        self._idle_bytes = self.executor.planned_bytes() // 10
         names = _names(module.entry)
         self._kept = [(names[value.name], value) for value in self.executor.kept]
         self._fed = [(names[v.name], v, self._role(v)) for v in self.executor.fed]
@@ -164,7 +166,9 @@ class Program:
 
         Raises RunError W0804 for wrong inputs (nothing has run then), W0803 when a rank fails.
         """
-        return self.executor.run(self._inputs(inputs, lr, seed), trace=self._trace)
+        results = self.executor.run(self._inputs(inputs, lr, seed), trace=self._trace)
+        self._trim()
+        return results
 
     def begin(self, *inputs: Tensor, seed: int | None = None) -> list[Tensor]:
         """Run the first half of a step up to the outputs, for plans with tangents. As `step`."""
@@ -173,7 +177,14 @@ class Program:
     def finish(self, *tangents: Tensor) -> list[Tensor]:
         """Run the second half: gradients of the outputs in, gradients out. As `step`."""
         wanted = [(name, value) for name, value, role in self._fed if role == "tangent"]
-        return self.executor.finish(_matched(tangents, wanted, "tangent"), trace=self._trace)
+        results = self.executor.finish(_matched(tangents, wanted, "tangent"), trace=self._trace)
+        self._trim()
+        return results
+
+    def _trim(self) -> None:
+        """Keep no more idle heap than a tenth of what a step needs."""
+        if self.executor.device.type == "cpu":
+            trim(self._idle_bytes)
 
     def _inputs(
         self, inputs: Sequence[Tensor], lr: float | Sequence[float] | None, seed: int | None
