@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..ir.module import Op
-from ..ir.types import Placement, TensorType, local_range, local_shape
+from ..ir.types import DTYPES, Placement, TensorType, local_range, local_shape
 from .context import TORCH_DTYPES
 from .groups import Groups, Pending, Shape
 from .shards import neutral
@@ -29,9 +29,7 @@ from .shards import neutral
 _AS_BYTES = frozenset({torch.float8_e4m3fn, torch.float8_e5m2, torch.int16})
 _REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 #: torch 2.13 renamed these two
-_gather_single: Callable[..., Any] = getattr(
-    dist, "all_gather_single", dist.all_gather_into_tensor
-)
+_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _scatter_single: Callable[..., Any] = getattr(
     dist, "reduce_scatter_single", dist.reduce_scatter_tensor
 )
@@ -123,14 +121,13 @@ def _cut(x: Tensor, dim: int, pieces: Sequence[Shape]) -> Tensor:
 
 
 def _swap(
-    sent: Tensor, out: Tensor, counts: Sequence[int], wanted: Sequence[int], group: Any
-) -> Any:
-    """Start an all_to_all of flat pieces whose sizes are given in elements of `out`."""
-    scale = out.element_size() if out.dtype in _AS_BYTES else 1
-    return dist.all_to_all_single(
-        _flat(out), sent, [n * scale for n in wanted], [n * scale for n in counts],
-        group=group, async_op=True,
-    )  # fmt: skip
+    type: TensorType, counts: Sequence[int], wanted: Sequence[int], group: Any
+) -> Callable[[Tensor, Tensor], Any]:
+    """Starts an all_to_all `(flat pieces, result)`; piece sizes are given in elements."""
+    scale = DTYPES[type.dtype] if TORCH_DTYPES[type.dtype] in _AS_BYTES else 1
+    ins, outs = [n * scale for n in counts], [n * scale for n in wanted]
+    exchange = dist.all_to_all_single
+    return lambda sent, out: exchange(_flat(out), sent, outs, ins, group=group, async_op=True)
 
 
 def _reduce_scatter(comm: Groups, op: Op) -> Start:
@@ -145,7 +142,8 @@ def _reduce_scatter(comm: Groups, op: Op) -> Start:
     counts = [size * rest for _, size in pieces]
     wanted = [prod(mine)] * len(pieces)
     native = comm.nccl and len(set(counts)) == 1
-    how = _REDUCE[combine]
+    how, swap = _REDUCE[combine], _swap(type, counts, wanted, group)
+    total, shape, dtype = sum(wanted), (len(wanted), *mine), TORCH_DTYPES[type.dtype]
 
     def start(x: Tensor) -> Pending:
         sent = _cut(x, dim, pieces)
@@ -153,13 +151,13 @@ def _reduce_scatter(comm: Groups, op: Op) -> Start:
             result = x.new_empty(mine)
             work = _scatter_single(result.view(-1), sent, op=how, group=group, async_op=True)
             return Pending((work,), lambda: result, sent)
-        out = x.new_empty(sum(wanted))
-        work = _swap(sent, out, counts, wanted, group)
+        out = x.new_empty(total)
+        work = swap(sent, out)
 
         def finish() -> Tensor:
-            rows = out.view(len(wanted), *mine)
+            rows = out.view(shape)
             if combine == "sum":
-                return rows.sum(0, dtype=rows.dtype)
+                return rows.sum(0, dtype=dtype)
             return rows.amax(0) if combine == "max" else rows.amin(0)
 
         return Pending((work,), finish, sent)
@@ -182,11 +180,12 @@ def _all_to_all(comm: Groups, op: Op) -> Start:
         shape[source] = local_range(operand, comm.mesh, coord, source)[1]
         shapes.append(tuple(shape))
     wanted = [prod(shape) for shape in shapes]
+    total, swap = sum(wanted), _swap(type, counts, wanted, group)
 
     def start(x: Tensor) -> Pending:
         sent = _cut(x, target, pieces)
-        out = x.new_empty(sum(wanted))
-        work = _swap(sent, out, counts, wanted, group)
+        out = x.new_empty(total)
+        work = swap(sent, out)
 
         def finish() -> Tensor:
             if source == 0:
@@ -226,10 +225,11 @@ def _permute_ranks(comm: Groups, op: Op) -> Start:
     counts, wanted = [0] * size, [0] * size
     counts[to] = prod(comm.shape(op.operands[0].type))
     wanted[source] = prod(shape)
+    swap = _swap(op.result.type, counts, wanted, group)
 
     def start(x: Tensor) -> Pending:
         sent, out = _flat(x), x.new_empty(shape)
-        return Pending((_swap(sent, out, counts, wanted, group),), lambda: out, sent)
+        return Pending((swap(sent, out),), lambda: out, sent)
 
     return start
 
