@@ -71,7 +71,10 @@ def user_span(file: str, line: int) -> Span | None:
     """The user's line, with its text where the file can be read; None without a file."""
     if not file:
         return None
-    text = linecache.getline(file, line).rstrip()
+    try:
+        text = linecache.getline(file, line).rstrip()
+    except ValueError:  # a name that no file can have
+        text = ""
     code = text.lstrip()
     return Span(file, line, len(text) - len(code) + 1, text, len(code))
 

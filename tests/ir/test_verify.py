@@ -280,6 +280,14 @@ def test_an_excerpt_marks_the_header_and_the_return() -> None:
     assert excerpt(function, 1)[-2] == "  return %y"
 
 
+def test_a_file_that_cannot_be_named_has_no_text() -> None:
+    for name in ("a\0b.py", "\ud800.py"):
+        loc = Location("net", name, 3)
+        with pytest.raises(CompileError) as caught:
+            verify(Module("logical", (main(NEG.with_(attrs={"bad": 1}, loc=loc)),)))
+        assert caught.value.span is not None and caught.value.span.text == ""
+
+
 def test_further_violations_are_counted() -> None:
     bad = NEG.with_(attrs={"bad": 1})
     ops = [bad.with_(results=(Value(f"v{i}", F32),)) for i in range(300)]
