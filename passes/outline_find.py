@@ -53,7 +53,7 @@ class Finder:
         return shared
 
     def find(self, min_ops: int, min_apart: int) -> list[list[Instance]]:
-        """The instances of each block, in program order."""
+        """The instances of each block; blocks and instances in program order."""
         blocks: list[list[Instance]] = []
         rejected: set[bytes] = set()
         while True:
@@ -68,7 +68,7 @@ class Finder:
                     break
                 rejected.add(word.tobytes())
             if not found:
-                return blocks
+                return sorted(blocks)
             for group in found:
                 for instance in group:
                     self._cover(instance)

@@ -145,6 +145,50 @@ def test_a_layer_with_an_op_in_between_is_still_a_copy() -> None:
     assert sum(counts(after).values()) == 3
 
 
+def test_seeds_are_folded_ahead_and_passed() -> None:
+    """Each dropout has a seed of its own, from a chain that runs through all layers."""
+    n = Net()
+    x = n.b.param(n.type(2, 3, 4), "x", role="input")
+    seed = n.b.param(TensorType("i64", ()), "seed", role="seed")
+    for layer in range(3):
+        y = n.op("exp", n.linear(x, f"fc{layer}", 4))
+        own, seed = n.op("fold_seed", seed, by=0), n.op("fold_seed", seed, by=1)
+        x = n.op("add", x, n.op("dropout", y, own, p=0.25))
+    module = n.module(x)
+    after = check(module)
+    assert sum(counts(after).values()) == 3
+    assert all(op.name != "fold_seed" for op in after.functions[1].ops)
+    inputs = random_inputs(module)
+    assert_close(evaluate(module, inputs), evaluate(after, inputs))
+
+
+def test_the_updates_of_a_layer_are_a_block() -> None:
+    n = Net()
+    scalars = [n.b.param(TensorType("f64", ()), role=role) for role in ("state", "lr")]
+    for layer in range(3):
+        n.path = f"model.layers.{layer}"
+        for name, shape in (("norm", (4,)), ("fc", (4, 4))):
+            w, g = n.weight(name, *shape), n.b.param(n.type(*shape), role="grad")
+            n.updates.append((n.op("sgd_update", w, g, *scalars, path=name), w.name))
+    after = Outline(min_ops=2).run(n.module())
+    verify(after)
+    assert counts(after) == {"layers_update": 3}
+    assert values_of(inline(after)) == values_of(n.module())
+
+
+def test_functions_of_one_name_are_told_apart_by_their_path() -> None:
+    n = Net()
+    x = n.b.param(n.type(2, 3, 4), "x", role="input")
+    for stack, ops in (("encoder", ("exp", "sin")), ("decoder", ("tanh", "relu"))):
+        for layer in range(3):
+            n.path = f"{stack}.layers.{layer}"
+            y = n.linear(x, "fc", 4)
+            for name in ops:
+                y = n.op(name, y)
+            x = n.op("add", x, y)
+    assert set(counts(check(n.module(x)))) == {"layers", "decoder_layers"}
+
+
 def test_short_unconnected_patterns_are_no_blocks() -> None:
     n = Net()
     x = n.b.param(n.type(2, 3, 4), "x", role="input")
