@@ -20,9 +20,10 @@ from .comm import COMMUNICATION, Comm
 from .context import TORCH_DTYPES
 from .lifetimes import PERSISTENT, alias_roots, last_readers
 from .schedule_check import check
+from .sections import Section
 from .shards import local
 from .trace import Trace
-from .wrapper import Kernel, Section, Wrapper
+from .wrapper import Kernel, Wrapper
 
 #: What an action can raise on its own; programming errors of other kinds pass through unchanged.
 ACTION_ERRORS = (

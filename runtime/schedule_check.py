@@ -26,33 +26,21 @@ over all ranks has one. The cost is O(ranks * axes) plus the length of the *dist
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ..ir.errors import RunError
 from ..ir.module import Function, Module, Op
 from ..ir.types import Mesh
 from .lifetimes import check_lifetimes, describe, show_ranks
+from .progress import Event, Progress
 
+_HINT = "plan again; if the plan is as weft made it, please report it with the artifact"
 #: ops that act on a whole process group
 COLLECTIVES = frozenset({
     "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "permute_ranks",
     "lse_combine",
 })  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """A step of a rank that another rank can hold up: the start of a transfer, or a wait for it.
-
-    `group` is the mesh axis of a collective, or ("send" | "recv", the partner's stage);
-    `number` counts the transfers of that group in this program.
-    """
-
-    index: int
-    start: bool
-    group: str | tuple[str, int]
-    number: int
 
 
 @dataclass
@@ -343,7 +331,7 @@ class _World:
                 for rank in ranks:
                     if sample[colour[rank]] == rank:
                         around[axis, rank] = members
-        edges = _Edges()
+        edges = Progress()
         for rank in sample.values():
             program = self.classes[self.of_rank[rank]]
 
@@ -367,68 +355,3 @@ class _World:
             "W0802", "the schedules deadlock: each of these waits for the next, the last for the "
             "first", reason="\n       ".join(lines), hint=_HINT,
         )  # fmt: skip
-
-
-_HINT = "plan again; if the plan is as weft made it, please report it with the artifact"
-Node = tuple[object, ...]
-
-
-class _Edges:
-    """The graph of starts, transfers and waits."""
-
-    def __init__(self) -> None:
-        self.after: dict[Node, set[Node]] = {}
-        self.shown: dict[Node, tuple[int, Event]] = {}
-
-    def _edge(self, before: Node, after: Node) -> None:
-        self.after.setdefault(before, set()).add(after)
-        self.after.setdefault(after, set())
-
-    def add_program(
-        self,
-        rank: int,
-        events: Sequence[Event],
-        channel: Callable[[Event], tuple[object, ...]],
-    ) -> None:
-        """Add the events of one representative rank."""
-        previous: Node | None = None
-        for position, event in enumerate(events):
-            name = channel(event)
-            done: Node = ("done", name, event.number)
-            merged = event.start and isinstance(event.group, str)
-            node: Node = ("start", name, event.number) if merged else ("event", rank, position)
-            self.shown.setdefault(node, (rank, event))
-            if event.start:
-                self._edge(node, done)
-                if event.number:
-                    self._edge(("done", name, event.number - 1), done)
-            else:
-                self._edge(done, node)
-            if previous is not None:
-                self._edge(previous, node)
-            previous = node
-
-    def cycle(self) -> list[tuple[int, Event]]:
-        """The events on a cycle, each waiting for the next; empty when there is none."""
-        pending = dict.fromkeys(self.after, 0)
-        for targets in self.after.values():
-            for node in targets:
-                pending[node] += 1
-        ready = [node for node, count in pending.items() if not count]
-        while ready:
-            node = ready.pop()
-            del pending[node]
-            for target in self.after[node]:
-                pending[target] -= 1
-                if not pending[target]:
-                    ready.append(target)
-        if not pending:
-            return []
-        before = {t: n for n in pending for t in self.after[n] if t in pending}
-        node = next(iter(before))
-        path: dict[Node, None] = {}
-        while node not in path:
-            path[node] = None
-            node = before[node]
-        found = list(path)
-        return [self.shown[n] for n in found[found.index(node) :] if n in self.shown]

@@ -10,9 +10,7 @@ made. Neighbouring in-place optimizer updates run as one call.
 
 from __future__ import annotations
 
-import linecache
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from math import prod
@@ -21,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ir.errors import RunError
-from ..ir.module import Function, Module, Op, Value
+from ..ir.module import Module, Op, Value
 from ..ir.ops import OPS
 from ..ir.ops.optimizer import OVERWRITES
 from ..ir.types import DTYPES, local_shape
 from .comm import COMMUNICATION, Comm
 from .context import OpContext, results_of
 from .lifetimes import PERSISTENT, alias_roots, last_readers
+from .sections import Run, Section, Text, cut
 from .updates import make_update, update_key
 
 #: Constants up to this many bytes are kept between steps; larger ones are cheap to fill and would
@@ -39,34 +37,6 @@ _PURE = frozenset({"pointwise", "reduction", "row", "movement", "indexing", "con
 _serial = count()
 
 Kernel = Callable[..., Sequence[Tensor]]
-Run = Callable[..., tuple[list[Tensor], list[Tensor]]]
-
-
-@dataclass
-class Section:
-    """One generated function: the actions up to the outputs, or those after the tangents came.
-
-    Attributes:
-        actions: positions and actions.
-        takes: entry parameters that it reads, in order.
-        results: positions of the entry results that it computes.
-        returned: those that it returns, all but the updates.
-        received, handed: values that the section before leaves to it, and that it leaves.
-        run: `run(state, inputs, received, clock) -> (results, handed)`; it empties `inputs`.
-        traced: the same, calling `clock(index, pending or None)` after each action; made when it
-            is asked for.
-        source: the Python text of `run`.
-    """
-
-    actions: list[tuple[int, Op]]
-    takes: list[str]
-    results: list[int] = field(default_factory=list)
-    returned: list[int] = field(default_factory=list)
-    received: list[str] = field(default_factory=list)
-    handed: list[str] = field(default_factory=list)
-    run: Run | None = None
-    traced: Run | None = None
-    source: str = ""
 
 
 class Wrapper:
@@ -110,7 +80,7 @@ class Wrapper:
         self._last = last_readers(self.function)
         self.constants: dict[str, Tensor] = {}
         self._hoist()
-        self.sections = self._sections()
+        self.sections = cut(self.function, self.constants)
         for section in self.sections:
             attrs = self.function.result_attrs
             section.returned = [p for p in section.results if "updates" not in attrs[p]]
@@ -164,44 +134,10 @@ class Wrapper:
     def _name(self, value: Value) -> str:
         return self.names.setdefault(value.name, f"v{len(self.names)}")
 
-    # -- sections -----------------------------------------------------------------------------
-
-    def _sections(self) -> list[Section]:
-        """The whole schedule, or for one with tangents its two halves."""
-        function = self.function
-        actions = [
-            (index, op)
-            for index, op in enumerate(function.ops)
-            if not op.results or any(v.name not in self.constants for v in op.results)
-        ]
-        tangents = {name for name, role in self.roles.items() if role == "tangent"}
-        given = [value.name for value in function.params]
-        if not tangents:
-            return [Section(actions, given, list(range(len(function.results))))]
-        late = after_tangents(function, tangents)
-        first = Section(
-            [(i, op) for i, op in actions if i not in late],
-            [name for name in given if name not in tangents],
-        )
-        second = Section(
-            [(i, op) for i, op in actions if i in late],
-            [name for name in given if name in tangents or name in self.slots],
-        )
-        here = {value.name for _, op in first.actions for value in op.results}
-        here.update(first.takes, self.constants)
-        for position, value in enumerate(function.results):
-            (first if value.name in here else second).results.append(position)
-        needed = {v.name for _, op in second.actions if op.name != "free" for v in op.operands}
-        needed |= {function.results[position].name for position in second.results}
-        known = {value.name for _, op in second.actions for value in op.results}
-        known.update(second.takes, self.constants)
-        first.handed = second.received = sorted(needed - known)
-        return [first, second]
-
     # -- text ---------------------------------------------------------------------------------
 
     def _function(self, section: Section, traced: bool) -> Callable[..., Any]:
-        text = _Text(f"<weft rank {self.comm.rank} step {next(_serial)}>", self.lines)
+        text = Text(f"<weft rank {self.comm.rank} step {next(_serial)}>", self.lines)
         text.add("def step(S, I, L, T):")
         values = {value.name: value for value in self.function.params}
         fed = 0
@@ -226,7 +162,7 @@ class Wrapper:
             section.source = text.text()
         return text.function(self.globals, "step")
 
-    def _returns(self, section: Section, text: _Text) -> None:
+    def _returns(self, section: Section, text: Text) -> None:
         """New values of the state, then `return results, handed`."""
         function, shared = self.function, self._shared_roots()
         returned = []
@@ -324,7 +260,7 @@ class Wrapper:
         if compiled is not None:
             self.globals[name] = compiled
             return name
-        text = _Text(f"<weft rank {self.comm.rank} {callee} {next(_serial)}>", self.lines)
+        text = Text(f"<weft rank {self.comm.rank} {callee} {next(_serial)}>", self.lines)
         space: dict[str, Any] = {}
         constants: set[str] = set()
         local = {value.name: f"a{i}" for i, value in enumerate(function.params)}
@@ -382,65 +318,3 @@ def _together(
         group.append(op)
         made.update(value.name for value in op.results)
     return group, frees
-
-
-def after_tangents(function: Function, tangents: set[str]) -> set[int]:
-    """Positions of the actions that run after the outputs were handed out.
-
-    They are those behind the last output in program order, and any before it that depend on the
-    tangents. A `free` is among them when one of its values is used by them. Raises RunError W0804
-    where an output depends on a tangent.
-    """
-    outputs = {
-        value.name
-        for value, attrs in zip(function.results, function.result_attrs, strict=True)
-        if attrs.get("role", "output") in ("output", "loss")
-    }
-    made = {value.name: i for i, op in enumerate(function.ops) for value in op.results}
-    last = max((made[name] for name in outputs if name in made), default=-1)
-    tainted = set(tangents)
-    late = set(range(last + 1, len(function.ops)))
-    for index, op in enumerate(function.ops):
-        if op.name != "free" and any(value.name in tainted for value in op.operands):
-            late.add(index)
-            tainted.update(value.name for value in op.results)
-    if outputs & tainted:
-        raise RunError(
-            "W0804", "an output of the plan depends on the gradients of the outputs",
-            reason=", ".join(f"%{name}" for name in sorted(outputs & tainted)),
-        )  # fmt: skip
-    used = {v.name for i in late for v in (*function.ops[i].operands, *function.ops[i].results)}
-    for index, op in enumerate(function.ops):
-        if op.name == "free" and any(value.name in used | tainted for value in op.operands):
-            late.add(index)
-    return late
-
-
-class _Text:
-    """The lines of one generated function, and the actions that they stand for."""
-
-    def __init__(self, file: str, actions: dict[tuple[str, int], Op]) -> None:
-        self.file, self.actions, self.rows = file, actions, list[str]()
-
-    def add(self, line: str, op: Op | None = None) -> None:
-        """Append a line that runs `op`."""
-        if op is not None:
-            place = str(op.loc)
-            line += f"  # {op.name}" + (f", {place}" if place else "")
-        self.rows.append(line)
-        if op is not None:
-            self.actions[self.file, len(self.rows)] = op
-
-    def text(self) -> str:
-        """The whole source."""
-        return "\n".join(self.rows) + "\n"
-
-    def function(self, space: dict[str, Any], name: str) -> Callable[..., Any]:
-        """The function called `name`, with `space` as its globals."""
-        source = self.text()
-        code = compile(source, self.file, "exec")
-        linecache.cache[self.file] = (len(source), None, self.rows, self.file)
-        scope = dict(space)
-        exec(code, scope)
-        found: Callable[..., Any] = scope[name]
-        return found

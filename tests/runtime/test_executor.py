@@ -24,8 +24,9 @@ from weft.runtime.comm import Comm
 from weft.runtime.executor import Executor, peak_bytes
 from weft.runtime.interpreter import evaluate
 from weft.runtime.kernels import load_kernels
+from weft.runtime.sections import after_tangents
 from weft.runtime.trace import Trace, read_events
-from weft.runtime.wrapper import HOIST_BYTES, after_tangents
+from weft.runtime.wrapper import HOIST_BYTES
 
 ONE = Mesh((("x", 1), ("y", 1)))
 
