@@ -60,7 +60,8 @@ def by_data(op: Op, known: Sequence[Fact | None]) -> Fact | None:
         if array is None:
             return None
         arrays.append(array)
-    out = evaluate(full_attrs(op.name, op.attrs), type, *arrays)
+    with np.errstate(all="ignore"):  # infinities and wrapped integers are results like others
+        out = evaluate(full_attrs(op.name, op.attrs), type, *arrays)
     return None if out is None else fact_of(np.asarray(out, dtype=NUMPY[type.dtype]))
 
 

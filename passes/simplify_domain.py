@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isnan
+from math import isinf, isnan
 from typing import Any
 
 import numpy as np
@@ -48,22 +48,28 @@ Fact = Affine | Below | Choice | Small
 
 
 def rounded(value: bool | int | float, dtype: str) -> bool | int | float | None:
-    """A number as `dtype` holds it; None for those that are not folded (f8, NaN, overflow)."""
+    """A number as torch fills a tensor of `dtype` with it.
+
+    None for those that are not folded: f8, NaN, integers out of range. Half-precision numbers are
+    rounded to f32 first, as torch does.
+    """
     if dtype == "bool":
         return bool(value)
+    if isinstance(value, float) and (isnan(value) or (isinf(value) and dtype not in FLOATS)):
+        return None
     if dtype not in FLOATS:
         info = np.iinfo(NUMPY[dtype])
         return int(value) if info.min <= int(value) <= info.max else None
-    number = float(value)
-    if isnan(number):
-        return None
+    if dtype == "f64":
+        return float(value)
     with np.errstate(over="ignore"):
-        if dtype == "f64":
-            return number
-        if dtype in ("f32", "f16"):
-            return float(np.float32(number) if dtype == "f32" else np.float16(number))
-        if dtype == "bf16" and np.isfinite(number):  # round half to even on the upper 16 bits
-            bits = int(np.float32(number).view(np.uint32))
-            bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
-            return float(np.uint32(bits).view(np.float32))
-    return number if dtype == "bf16" else None
+        single = np.float32(value)
+        if dtype == "f32":
+            return float(single)
+        if dtype == "f16":
+            return float(np.float16(single))
+    if dtype != "bf16" or not np.isfinite(single):
+        return float(single) if dtype == "bf16" else None
+    bits = int(single.view(np.uint32))  # half to even on the upper 16 bits
+    bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
+    return float(np.uint32(bits).view(np.float32))

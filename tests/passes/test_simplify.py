@@ -24,8 +24,9 @@ from weft.passes.outline import Outline
 from weft.passes.simplify import simplify
 from weft.passes.simplify_affine import Affine
 from weft.passes.simplify_data import data_of
-from weft.passes.simplify_domain import SMALL, Below, Fact, Small
+from weft.passes.simplify_domain import SMALL, Below, Fact, Small, rounded
 from weft.passes.simplify_facts import infer
+from weft.runtime.context import TORCH_DTYPES
 from weft.runtime.interpreter import evaluate
 
 
@@ -184,6 +185,22 @@ def test_index_programs_mean_the_same(module: Module) -> None:
     after = simplify(module)
     verify(after)
     assert_close(evaluate(module, []), evaluate(after, []))
+
+
+@settings(max_examples=300)
+@given(st.floats(allow_nan=False), st.sampled_from(("f64", "f32", "f16", "bf16")))
+def test_numbers_are_rounded_as_torch_rounds_them(number: float, dtype: str) -> None:
+    wanted = torch.full((), number, dtype=torch.float64)
+    if dtype != "f64":
+        wanted = wanted.float().to(TORCH_DTYPES[dtype])
+    assert rounded(number, dtype) == wanted.item()
+
+
+def test_numbers_that_a_dtype_does_not_hold_are_not_folded() -> None:
+    assert rounded(float("nan"), "f32") is None
+    assert rounded(float("inf"), "i64") is None
+    assert rounded(300, "i8") is None and rounded(127, "i8") == 127
+    assert rounded(1.5, "f8e4m3") is None
 
 
 def packed_mask(batch: int, seq: int) -> Module:
