@@ -61,6 +61,7 @@ class Wrapper:
         self.function = module.entry
         self.kernels = dict(kernels or {})
         self.names: dict[str, str] = {}
+        self.called: dict[str, str] = {}  # kernel function -> its name in Python
         self.globals: dict[str, Any] = {"ROWS": torch.contiguous_format}
         self.lines: dict[tuple[str, int], Op] = {}  # (generated file, line) -> action
         self.roots = alias_roots(self.function)
@@ -181,18 +182,26 @@ class Wrapper:
     def _shared_roots(self) -> set[str]:
         """Memory that belongs to the state, to constants, or to several results."""
         shared = {value.name for value in self.function.params} | set(self.constants)
+        shared.update(self.storage)  # the results of updates in place
         seen: set[str] = set()
-        for name in {value.name for value in self.function.results}:
-            shared |= self.roots[name] & seen
-            seen |= self.roots[name]
+        for value in self.function.results:
+            shared |= self.roots[value.name] & seen
+            seen |= self.roots[value.name]
         return shared
+
+    def _read(self) -> set[str]:
+        """Values that an action reads, or that are returned and not a new state in place."""
+        read = {v.name for op in self.function.ops if op.name != "free" for v in op.operands}
+        for value, attrs in zip(self.function.results, self.function.result_attrs, strict=True):
+            if attrs.get("updates", "") != self.storage.get(value.name):
+                read.add(value.name)
+        return read
 
     def _statements(
         self, actions: Sequence[tuple[int, Op]], known: set[str]
     ) -> Iterator[tuple[int, Op, str]]:
         """(position, action, Python line); `known` holds the Python names that exist."""
-        read = {v.name for op in self.function.ops if op.name != "free" for v in op.operands}
-        position = 0
+        read, position = self._read(), 0
         while position < len(actions):
             index, op = actions[position]
             position += 1
@@ -252,9 +261,10 @@ class Wrapper:
 
     def _kernel(self, callee: str) -> str:
         """The name of a kernel function: a compiled kernel, or Python of the function's body."""
-        name = "k_" + "".join(c if c.isalnum() else "_" for c in callee)
-        if name in self.globals:
-            return name
+        if callee in self.called:
+            return self.called[callee]
+        plain = "".join(c if c.isalnum() and c.isascii() else "_" for c in callee)
+        name = self.called[callee] = f"k{len(self.called)}_{plain}"
         function = self.module.function(callee)
         compiled = self.kernels.get(str(function.attrs.get("kernel", "")))
         if compiled is not None:

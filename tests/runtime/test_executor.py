@@ -179,6 +179,22 @@ def test_a_new_state_never_shares_memory_with_a_result_a_constant_or_the_old_sta
     assert torch.equal(executor.state[0], torch.zeros(4, 4))
 
 
+def test_a_state_updated_in_place_can_be_an_output_too() -> None:
+    module = update_module("sgd_update")
+    entry = module.entry
+    entry = entry.with_(
+        results=(*entry.results, entry.results[0]),
+        result_attrs=(*entry.result_attrs, {"role": "output"}),
+    )
+    executor = Executor(module.with_(functions=(entry,)))
+    values = {v.name: torch.ones(v.type.shape) for v in entry.params}
+    values |= {"step": torch.ones(()).double(), "lr": torch.tensor(0.5).double()}
+    (first,) = run(executor, values)
+    executor.run([values[value.name] for value in executor.fed])
+    assert torch.equal(first, torch.full((3, 4), 0.5))  # the second step did not touch it
+    assert torch.equal(executor.state[1], torch.zeros(3, 4))
+
+
 def test_large_constants_are_made_anew_each_step() -> None:
     size = HOIST_BYTES // 4 + 1
     text = f"  %z = constant() {{value = 1.0}} : f32[{size}]{{}}\n  return %z"
