@@ -7,7 +7,6 @@ lifted to the dtype of the other side, and sides of different dtypes are promote
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 #: dtypes of nodes, in the order in which they are promoted
@@ -206,7 +205,3 @@ class Graph:
     def sum(self, x: Node, length: int) -> Node:
         """Sum of x over the first `length` columns."""
         return self.reduce("sum", x, length)
-
-
-#: an expansion of an op: (graph, operands, attributes) -> result
-Expansion = Callable[..., Node]

@@ -158,9 +158,7 @@ class Body:
         for output in sums:
             names[output.name] = self._name("acc_rows")
             dtype = TL[output.node.dtype]
-            self.lines.append(
-                f"{names[output.name]} = tl.zeros([BLOCK_M, BLOCK_N], dtype={dtype})"
-            )
+            self.lines.append(f"{names[output.name]} = tl.zeros([BLOCK_M, BLOCK_N], dtype={dtype})")
         self.inner, self.inner_memo = [], {}
         for output in self.kernel.outputs:
             if output.node.op != "row_sum":
@@ -185,9 +183,7 @@ class Body:
             kind, length = str(node.data[0]), int(node.data[1])
             start = number(neutral(kind, node.dtype), node.dtype)
             name = self._name(f"acc_{kind}")
-            self.lines.append(
-                f"{name} = tl.full([BLOCK_M, BLOCK_N], {start}, {TL[node.dtype]})"
-            )
+            self.lines.append(f"{name} = tl.full([BLOCK_M, BLOCK_N], {start}, {TL[node.dtype]})")
             sums.append((node, name, kind, length, start))
         self._open_loop()
         assert self.inner is not None
@@ -336,7 +332,5 @@ class Body:
 def param_groups(kernel: Kernel, layout: Layout, value: Value) -> list[int]:
     """The row groups that a parameter varies along, in its own order."""
     have = places(kernel, value)
-    order = [
-        (have.index(dims[0]), g) for g, dims in enumerate(layout.groups) if dims[0] in have
-    ]
+    order = [(have.index(dims[0]), g) for g, dims in enumerate(layout.groups) if dims[0] in have]
     return [g for _, g in sorted(order)]

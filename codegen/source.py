@@ -292,4 +292,3 @@ def _traffic(function: Function) -> tuple[int, int]:
         unfused += sum(value.type.bytes for value in operands.values())
         unfused += sum(value.type.bytes for value in op.results)
     return fused, unfused
-

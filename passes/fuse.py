@@ -117,9 +117,7 @@ def _rewrite(function: Function, library: _Library, optimizers: bool) -> Functio
     if not regions:
         return function
     inside = {i for region in regions for i in region.members}
-    nodes: list[tuple[int, Op]] = [
-        (i, op) for i, op in enumerate(function.ops) if i not in inside
-    ]
+    nodes: list[tuple[int, Op]] = [(i, op) for i, op in enumerate(function.ops) if i not in inside]
     for region in regions:
         params = parameters(region.ops)
         attrs = {"callee": library.callee(region, params)}

@@ -115,7 +115,8 @@ def check_close(got: Tensor, expected: Tensor, type: TensorType) -> None:
     if not expected.numel():
         return
     arithmetic = ARITHMETIC.get(type.dtype, DEFAULT_ARITHMETIC)
-    allowed = ROUNDING[type.dtype] * expected.abs() + arithmetic * max(float(expected.abs().max()), SIZE)
+    scale = max(float(expected.abs().max()), SIZE)
+    allowed = ROUNDING[type.dtype] * expected.abs() + arithmetic * scale
     worst = ((actual - expected).abs() - allowed).max()
     assert worst <= 0, f"error {(actual - expected).abs().max():.3g} in {type}"
 

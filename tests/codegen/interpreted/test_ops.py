@@ -110,7 +110,9 @@ def test_a_bool_op_equals_torch(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("source", ["f64", "f32", "bf16", "i64", "bool"])
 def test_a_cast_equals_torch(source: str, target: str, tmp_path: Path) -> None:
     def make(b: Builder) -> list[Value]:
-        return [b.one("cast", [b.param(tensor(source, *SHAPE), "x")], types=[tensor(target, *SHAPE)])]
+        return [
+            b.one("cast", [b.param(tensor(source, *SHAPE), "x")], types=[tensor(target, *SHAPE)])
+        ]
 
     function = program(make).entry.with_(attrs={"kernel": f"cast_{source}_{target}"})
     run(function, tmp_path, 3.0)

@@ -45,7 +45,9 @@ class Chain:
         self.pool.append(self.rng.choice(steps)())
 
     def unary(self) -> Value:
-        return self.b.one(self.rng.choice(("tanh", "sigmoid", "silu", "gelu", "sin")), [self.some()])
+        return self.b.one(
+            self.rng.choice(("tanh", "sigmoid", "silu", "gelu", "sin")), [self.some()]
+        )
 
     def binary(self) -> Value:
         name = self.rng.choice(("add", "sub", "mul", "maximum"))
