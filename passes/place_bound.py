@@ -75,8 +75,7 @@ def exclude(network: Network, upper: float, tolerance: float) -> bool:
             if not good.any():
                 network.constant = FORBIDDEN
                 return True
-            bound = lower_bound(network)
-    return changed
+    return changed  # the bound has only risen meanwhile: what was excluded stays excluded
 
 
 def _order(network: Network) -> list[int]:

@@ -27,7 +27,8 @@ from .place_network import FORBIDDEN, WITNESSES, Network, reduce
 TABLE_LOG10 = 7.0
 #: most additions of an elimination: about 2 s
 WORK_LOG10 = 8.7
-_SWEEPS = 60
+#: sweeps of the rounds of tightening: the first ones are few, as excluding states makes sweeps cheap
+_SWEEPS = (20, 40, 60, 60, 60)
 
 
 @dataclass(frozen=True)
@@ -131,22 +132,22 @@ class _Search:
 
     def _squeeze(self, network: Network) -> None:
         """Bounds, candidates and exclusions until they change nothing."""
-        for _ in range(6):
+        for number, sweeps in enumerate(_SWEEPS):
             if not network.unary:
                 return
-            _, found = tighten(network, _SWEEPS)
+            _, found = tighten(network, sweeps)
             self.offer(network, found)
-            if self.nodes <= 64:
+            if self.nodes <= 64 and not self.closed(network):
                 self._restricted(network)
             if self.closed(network):
                 return
-            if not exclude(network, self.upper, self.tolerance):
-                return
+            if not exclude(network, self.upper, self.tolerance) and number >= 2:
+                break
+            # dead-end elimination is the dearest step, so it waits for the last round
+            reduce(network, 0)
             if not network.feasible():
                 return
-            reduce(network)
-            if not network.feasible():
-                return
+        reduce(network)
 
     def _restricted(self, network: Network) -> None:
         """A better candidate: the optimum over the few most promising states of each variable."""
