@@ -1,6 +1,6 @@
 """From ATen graphs to IR: one table entry per ATen overload, a small function that emits IR ops.
 
-The entries live in `aten_pointwise.py`, `aten_shape.py` and `aten_nn.py`. Composites that have an
+The entries live in the files `aten_*.py`. Composites that have an
 entry (linear, scaled_dot_product_attention, layer_norm, ...) stay whole while torch decomposes a
 graph; those without one are decomposed towards core ATen. What then still has no entry becomes an
 opaque `aten` op: slower, never wrong.

@@ -25,11 +25,25 @@ from torch.fx.proxy import TracerBase
 
 from ..ir.errors import CompileError
 from ..ir.module import Value
-from . import aten_nn, aten_pointwise, aten_shape
+from . import (
+    aten_contract,
+    aten_create,
+    aten_index,
+    aten_loss,
+    aten_move,
+    aten_norm,
+    aten_pointwise,
+    aten_pool,
+    aten_reduce,
+)
 from .aten import TABLE, Lowering
 from .locate import user_frames, user_span, user_traceback
 
-_ENTRIES = (aten_nn, aten_pointwise, aten_shape)  # importing them fills TABLE
+#: importing them fills TABLE
+_ENTRIES = (
+    aten_contract, aten_create, aten_index, aten_loss, aten_move, aten_norm, aten_pointwise,
+    aten_pool, aten_reduce,
+)  # fmt: skip
 
 _DATA_DEPENDENT = (
     GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException,

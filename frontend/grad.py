@@ -152,16 +152,16 @@ class Differentiator:
         return out, plan
 
     def backward(
-        self, c: Lowering, ops: Sequence[Op], plan: _Plan, cts: dict[str, Value]
+        self, c: Lowering, ops: Sequence[Op], plan: _Plan, cts: Mapping[str, Value]
     ) -> dict[str, Value]:
         """Append the backward of `ops` to the emitter `c`.
 
         `cts` maps names of values to cotangents. Returns the cotangents of what `ops` reads and
         does not define.
         """
-        cts = dict(cts)
+        sums = _Sums(c, cts)
         for op in reversed(ops):
-            given = [cts.pop(value.name, None) for value in op.results]
+            given = [sums.take(value.name) for value in op.results]
             wants = [value.name in plan.active for value in op.operands]
             if not any(wants) or all(ct is None for ct in given):
                 continue
@@ -174,9 +174,8 @@ class Differentiator:
                 continue
             for value, grad in zip(op.operands, grads, strict=True):
                 if grad is not None:
-                    known = cts.get(value.name)
-                    cts[value.name] = grad if known is None else c.emit("add", [known, grad])
-        return cts
+                    sums.add(value.name, grad)
+        return sums.rest()
 
     @staticmethod
     def _call_backward(
@@ -255,6 +254,68 @@ class Differentiator:
         )  # fmt: skip
         saved = tuple(position[value.name] for value in kept)
         return Pair(forward, backward, taken, saved, tuple(grads))
+
+
+class _Sums:
+    """Cotangents under way, summed as they come.
+
+    The gradient of a slice is a pad; where slices take a tensor apart (rotary halves, heads of one
+    projection), the sum of the pads is one concatenation.
+    """
+
+    def __init__(self, c: Lowering, cts: Mapping[str, Value]) -> None:
+        self.c, self.sums = c, dict(cts)
+        self.pads: dict[str, list[Op]] = {}
+
+    def add(self, name: str, grad: Value) -> None:
+        """One more contribution to the cotangent of a value."""
+        op = self.c.definition(grad)
+        if op is not None and op.name == "pad" and op.attrs.get("value", 0) == 0:
+            self.pads.setdefault(name, []).append(op)
+        else:
+            self._sum(name, grad)
+
+    def take(self, name: str) -> Value | None:
+        """The cotangent of a value, once its last reader was seen; None when there is none."""
+        pads = self.pads.pop(name, [])
+        joined = self._joined(pads)
+        for grad in [op.result for op in pads] if joined is None else [joined]:
+            self._sum(name, grad)
+        return self.sums.pop(name, None)
+
+    def rest(self) -> dict[str, Value]:
+        """The cotangents of what is left."""
+        found = {name: self.take(name) for name in dict.fromkeys([*self.sums, *self.pads])}
+        return {name: grad for name, grad in found.items() if grad is not None}
+
+    def _sum(self, name: str, grad: Value) -> None:
+        known = self.sums.get(name)
+        self.sums[name] = grad if known is None else self.c.emit("add", [known, grad])
+
+    def _joined(self, pads: Sequence[Op]) -> Value | None:
+        """The sum of pads that tile a dim without gap or overlap."""
+        if len(pads) < 2:
+            return None
+        parts: list[tuple[int, Value]] = []
+        dims: set[int] = set()
+        for op in pads:
+            low, high = op.attrs["low"], op.attrs["high"]
+            assert isinstance(low, tuple) and isinstance(high, tuple)
+            touched = {d for d in range(len(low)) if low[d] or high[d]}
+            dims |= touched
+            if len(touched) != 1 or len(dims) != 1:
+                return None
+            (dim,) = dims
+            parts.append((int(low[dim]), op.operands[0]))  # type: ignore[arg-type]
+        parts.sort(key=lambda part: part[0])
+        end = 0
+        for start, value in parts:
+            if start != end:
+                return None
+            end += value.type.shape[dim]
+        if end != pads[0].result.type.shape[dim]:
+            return None
+        return self.c.emit("concat", [value for _, value in parts], {"dim": dim})
 
 
 class _Recompute:
