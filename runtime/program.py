@@ -123,11 +123,16 @@ class Program:
             _fits(tensor, value.type, f"state {name!r}")
             self.executor.state[slot] = self._own(tensor, value)
 
-    def state_dict(self, full: bool = True) -> dict[str, Tensor]:
-        """All state by name: whole tensors (all ranks must call), or copies of local shards."""
+    def state_dict(self, full: bool = True, copy: bool = True) -> dict[str, Tensor]:
+        """All state by name: whole tensors (all ranks must call), or local shards.
+
+        Args:
+            copy: without it local shards share memory with the state.
+        """
         out = {}
         for slot, (name, value) in enumerate(self._kept):
-            shard = self.executor.state[slot].clone()
+            shard = self.executor.state[slot]
+            shard = shard.clone() if copy or full else shard
             out[name] = self.comm.gather(shard, value.type) if full else shard
         return out
 
