@@ -163,8 +163,8 @@ def _launch(kernel: Kernel, plan: Layout, arguments: list[str], constants: list[
     """The lines of `launch`."""
     names = [name for name, _ in kernel.params]
     device = next(
-        (name for name, value in kernel.params if any(kernel.space.maps[value.name])),
-        names[0] if names else "",
+        (name for name, value in kernel.params if places(kernel, value)),
+        names[0],  # a scalar may be on another device than the tensors are
     )
     lines = _sizes(kernel, plan)
     for output in kernel.outputs:

@@ -30,8 +30,8 @@ MAX_TENSORS = 20
 
 #: Ops further apart than this, views aside, stay apart. A late op in an early kernel makes a tensor
 #: that waits for its reader (the backward of a block would add to the saved activations of its
-#: forward), and an early op in a late kernel keeps its readers waiting. Chains that belong together
-#: are within 16 ops of each other in the traced blocks of Llama, GPT-2, BERT, ViT and ResNet.
+#: forward), and an early op in a late kernel keeps its readers waiting. In the train steps of small
+#: Llama, GPT-2, BERT, ViT and ResNet models, 16 finds what no limit finds up to 6 % of the traffic.
 NEAR = 16
 
 ROW = frozenset({

@@ -55,6 +55,17 @@ def test_dims_are_walked_as_one_where_all_tensors_allow(name: str, kind: str, gr
     assert kind_of(only_kernel(PROGRAMS[name]("bf16", (4, 8), 64))) == (kind, groups)
 
 
+def test_results_are_made_where_the_tensors_are() -> None:
+    """The first operand is a scalar, which may be on the CPU."""
+
+    def make(b: Builder) -> list[Value]:
+        s, x = b.param(tensor("f32"), "s"), b.param(tensor("f32", 5, 1), "x")
+        y = b.one("mul", [s, x], types=[tensor("f32", 5, 1)])
+        return [b.one("exp", [y])]
+
+    assert "device=x.device" in generate(only_kernel(program(make))).text
+
+
 def test_a_bias_per_channel_joins_the_image_dims() -> None:
     """[n, c, h, w] with a bias [c, 1, 1]: h and w are one column, n and c two rows."""
 
