@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
+from tests.passes.equality import assert_close
 from tests.passes.place_programs import Entry, ein, f32, llama_step, mlp_step
 
 from weft.costmodel.cluster import Cluster, meshes, parse_cluster
@@ -18,11 +21,13 @@ from weft.ir.module import Function, Module, Op, Value
 from weft.ir.types import B, Mesh, S, TensorType
 from weft.ir.verify import verify
 from weft.passes.apply import apply
+from weft.passes.lower import lower
 from weft.passes.place import Place, PlacementResult, search, search_mesh
 from weft.passes.place_runs import executions
 from weft.passes.place_states import State, states_of
 from weft.passes.price import price
 from weft.passes.reshard import Placements, legal_placements, reshard_cost_us
+from weft.runtime.interpreter import evaluate
 
 CPU = parse_cluster("2x2:cpu")
 
@@ -259,6 +264,24 @@ def test_a_transformer_on_four_cpu_ranks_uses_all_of_them_and_shards_its_states(
                                     strict=True) if a["role"] == "state"]  # fmt: skip
     held = sum(t.bytes for t in local if t.placement == (B,) * len(result.mesh.axes))
     assert held < whole / 2
+
+
+def test_a_searched_plan_computes_what_the_program_does() -> None:
+    fast = parse_cluster("2x2:h100")  # with slow memory, so that a small program is split as well
+    cluster = replace(fast, device=replace(fast.device, dram_bytes_per_s=1e8))
+    module = llama_step(layers=2, batch=8, seq=16, width=64, heads=4, kv=2, ffn=128, vocab=32)
+    placed = search_mesh(module, meshes(cluster)[0], cluster)
+    assert placed is not None
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randint(0, 32, v.type.shape, generator=generator) if v.type.dtype == "i64"
+        else torch.rand(v.type.shape, generator=generator, dtype=torch.float64).to(
+            torch.float64 if v.type.dtype == "f64" else torch.float32)
+        for v in module.entry.params
+    ]  # fmt: skip
+    spmd = lower(placed.placed)
+    assert {"all_reduce", "reduce_scatter", "all_gather"} & {op.name for _, op in spmd.walk()}
+    assert_close(evaluate(module, inputs), evaluate(spmd, inputs), tolerance=1e-3)
 
 
 def test_depth_does_not_change_the_network_or_the_plan() -> None:
