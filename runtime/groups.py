@@ -8,6 +8,7 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
@@ -153,7 +154,7 @@ class Groups:
     def barrier(self) -> None:
         """Wait for all ranks of the world."""
         if self.distributed:
-            dist.barrier()
+            dist.barrier(device_ids=[torch.cuda.current_device()] if self.nccl else None)
 
 
 _GROUPS: dict[tuple[tuple[int, ...], float], tuple[Any, Any]] = {}

@@ -139,14 +139,12 @@ def init_from_env(kind: str = "", *, timeout_s: float = TIMEOUT_S) -> Iterator[W
     if size == 1:
         yield World(rank, size, device)
         return
-    dist.init_process_group(
-        "nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s),
-        device_id=device if cuda else None,
-    )  # fmt: skip
+    # no device_id: NCCL would then split groups off with all ranks taking part, not members alone
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
     try:
         yield World(rank, size, device)
         if cuda:
             torch.cuda.synchronize()
-        dist.barrier()
+        dist.barrier(device_ids=[local] if cuda else None)
     finally:
         dist.destroy_process_group()
