@@ -146,8 +146,9 @@ def batch_norm(
     y, rstd = _normalize(c, x, mean, var, weight, bias, eps)
     count = x.type.numel // x.type.shape[1]
     unbiased = c.apply("mul", var, count / max(count - 1, 1))
-    new_mean = _moved(c, running_mean, mean, momentum)
-    return y, mean, rstd, new_mean, _moved(c, running_var, unbiased, momentum)
+    results = (y, mean, rstd, _moved(c, running_mean, mean, momentum),
+               _moved(c, running_var, unbiased, momentum))  # fmt: skip
+    return tuple(c.cast(value, type.dtype) for value, type in zip(results, c.outs, strict=True))
 
 
 def _batch_moments(c: Lowering, x: Value) -> tuple[Value, Value]:
@@ -158,10 +159,9 @@ def _batch_moments(c: Lowering, x: Value) -> tuple[Value, Value]:
 
 
 def _moved(c: Lowering, old: Value, new: Value, momentum: float) -> Value:
-    """The running statistic after a batch, in the dtype that it has."""
+    """The running statistic after a batch."""
     wide = c.cast(old, new.type.dtype)
-    step = c.emit("add", [c.apply("mul", wide, 1 - momentum), c.apply("mul", new, momentum)])
-    return c.cast(step, old.type.dtype)
+    return c.emit("add", [c.apply("mul", wide, 1 - momentum), c.apply("mul", new, momentum)])
 
 
 @aten("_native_batch_norm_legit.no_stats")
@@ -171,7 +171,7 @@ def batch_norm_no_stats(
 ) -> tuple[Value, ...]:  # fmt: skip
     var, mean = _batch_moments(c, x)
     y, rstd = _normalize(c, x, mean, var, weight, bias, eps)
-    return y, mean, rstd
+    return y, c.cast(mean, c.outs[1].dtype), c.cast(rstd, c.outs[2].dtype)
 
 
 @aten("_native_batch_norm_legit_no_training.default")

@@ -16,18 +16,19 @@ from ..ir.errors import CompileError
 from ..ir.module import Attr, Function, Module, Namer, Op, Value
 from ..ir.types import FLOATS
 from ..passes.outline import Outline
+from ..passes.simplify import Simplify
 from .aten import Lowering
 from .grad import Differentiator, prune, split_ops
 from .trace import drop_dead, drop_stops
 
 
 def prepare(function: Function, wrt: frozenset[str]) -> Module:
-    """What precedes differentiation: dead ops go, repeated blocks become functions.
+    """What precedes differentiation: the program gets simpler, repeated blocks become functions.
 
     `wrt` names the values that gradients are taken of.
     """
     function = drop_dead(drop_stops(function, wrt))
-    return Outline().run(Module("logical", (function,)))
+    return Outline().run(Simplify().run(Module("logical", (function,))))
 
 
 @dataclass(frozen=True)

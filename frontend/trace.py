@@ -200,7 +200,7 @@ def lower_program(
         else:
             env[node] = _constant(lowering, node, program.constants.get(str(spec.target)), state)
     outputs = lowering.run(program.graph, env)
-    return _finish(builder, program, outputs, names), state, lowering.losses
+    return _finish(lowering, program, outputs, names), state, lowering.losses
 
 
 def _type(node: torch.fx.Node) -> TensorType:
@@ -225,14 +225,17 @@ def _constant(
 
 
 def _finish(
-    builder: Builder, program: ExportedProgram, outputs: Sequence[Any], names: Mapping[str, str]
+    c: Lowering, program: ExportedProgram, outputs: Sequence[Any], names: Mapping[str, str]
 ) -> Function:
+    params = zip(c.builder.params, c.builder.param_attrs, strict=True)
+    types = {attrs["name"]: value.type for value, attrs in params}
     results: list[Value] = []
     attrs: list[dict[str, Attr]] = []
     updates: dict[str, Value] = {}
     for value, spec in zip(outputs, program.graph_signature.output_specs, strict=True):
         if spec.kind is OutputKind.BUFFER_MUTATION:
-            updates[names[str(spec.target)]] = value
+            name = names[str(spec.target)]
+            updates[name] = c.cast(value, types[name].dtype)
         elif spec.kind is OutputKind.USER_OUTPUT:
             results.append(value)
             attrs.append({"role": "output"})
@@ -244,7 +247,7 @@ def _finish(
             )  # fmt: skip
     results += updates.values()
     attrs += [{"role": "update", "updates": name} for name in updates]
-    return builder.function("main", results, attrs)
+    return c.builder.function("main", results, attrs)
 
 
 def drop_stops(function: Function, active: frozenset[str] = frozenset()) -> Function:

@@ -22,6 +22,7 @@ from ..ir.errors import CompileError
 from ..ir.module import Attr, Function, Module, Value
 from ..ir.types import FLOATS
 from ..passes.outline import Outline
+from ..passes.simplify import Simplify
 from .aten import TABLE, Lowering
 from .capture import capture
 from .differentiate import Differentiate
@@ -58,7 +59,7 @@ class TracedStep:
     @cached_property
     def module(self) -> Module:
         """The training-level program: repeated blocks outlined, the backward written out."""
-        return Differentiate().run(Outline().run(self.marked))
+        return Differentiate().run(Outline().run(Simplify().run(self.marked)))
 
 
 @dataclass(frozen=True)
