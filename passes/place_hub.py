@@ -37,7 +37,7 @@ class Hub:
 
     def copy_costs(self, table: Array) -> Array:
         """Cost of making the copies, from a table (source, target)."""
-        return np.where(self.copies, table[self.source], 0.0).sum(axis=1)
+        return np.asarray(np.where(self.copies, table[self.source], 0.0).sum(axis=1))
 
     def reader_costs(self, table: Array) -> Array:
         """(state, target): cost for a reader that needs the target."""

@@ -141,7 +141,10 @@ class _Search:
                 self._restricted(network)
             if self.closed(network):
                 return
-            if not exclude(network, self.upper, self.tolerance) and number >= 2:
+            excluded = exclude(network, self.upper, self.tolerance)
+            if not network.feasible():
+                return
+            if not excluded and number >= 2:
                 break
             # dead-end elimination is the dearest step, so it waits for the last round
             reduce(network, 0)

@@ -10,8 +10,8 @@ from ..costmodel.cluster import Cluster
 from ..costmodel.estimate import op_time_us
 from ..ir.module import Op, Value
 from ..ir.opdef import OPS, full_attrs, signature_of
-from ..ir.types import B, Mesh, TensorType
-from .reshard import Placements, illegal_placement
+from ..ir.types import B, Mesh, TensorType, illegal_placement
+from .reshard import Placements
 
 
 @dataclass(frozen=True)

@@ -97,9 +97,9 @@ class _Refiner:
                 readers.setdefault(value.name, set()).add((colour, position))
         position_of = {n: i for i, n in enumerate(self.names)}
         for target, values in self.updates.items():
-            for value in values:
+            for name in values:
                 colour = self.colours[position_of[target]]
-                readers.setdefault(value, set()).add(("updates", colour))
+                readers.setdefault(name, set()).add(("updates", colour))
         keys: list[Hashable] = []
         for index, name in enumerate(self.names):
             new = frozenset(self._source(v) for v in self.updates.get(name, ()))
