@@ -16,7 +16,7 @@ VOCABULARY = 256
 
 
 def build(
-    hidden: int = 64, layers: int = 2, heads: int = 4, intermediate: int = 176, seed: int = 0
+    hidden: int = 256, layers: int = 4, heads: int = 8, intermediate: int = 688, seed: int = 0
 ) -> LlamaForCausalLM:
     """A Llama-style model with random weights."""
     torch.manual_seed(seed)
@@ -45,7 +45,7 @@ def loss_and_update(
     return loss
 
 
-def _batch(batch: int = 8, length: int = 32) -> torch.Tensor:
+def _batch(batch: int = 8, length: int = 128) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, VOCABULARY, (batch, length), generator=generator)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..ir.errors import RunError, WeftError
@@ -47,7 +48,9 @@ def _overview(artifact: Artifact) -> None:
     for path, made_by in zip(artifact.dumps, info["made_by"], strict=True):
         module = artifact.module(path)
         count = sum(len(f.ops) for f in module.functions)
-        passes.add_row(path.name, module.level, str(len(module.functions)), str(count), made_by)
+        passes.add_row(
+            path.name, module.level, str(len(module.functions)), str(count), escape(made_by)
+        )
     console.print(passes)
 
 
@@ -58,14 +61,14 @@ def _tables(spmd: Module, limit: int) -> None:
     )
     for row in rows[:limit]:
         cells = (row.name, row.axis, str(row.count), human_bytes(row.bytes), row.tensor, row.where)
-        table.add_row(*(cell.replace("[", r"\[") for cell in cells))
+        table.add_row(*map(escape, cells))
     console.print(table)
     if len(rows) > limit:
         console.print(f"and {len(rows) - limit} more (--limit)")
     params = parameters(spmd)
     table = Table("role", "name", "type and placement", "bytes of a rank", title="parameters")
     for param in params[:limit]:
-        shown = str(param.type).replace("[", r"\[")
+        shown = escape(str(param.type))
         table.add_row(param.role, param.name, shown, human_bytes(param.bytes))
     console.print(table)
     if len(params) > limit:
