@@ -78,6 +78,23 @@ def test_gradients_equal_eager_sharply_in_float64(name: str) -> None:
     assert stepper.worst(reference) < (3e-6 if name in ("llama", "gpt2") else 1e-10)
 
 
+@pytest.mark.parametrize("name", ["llama", "resnet"])
+def test_bfloat16_is_as_near_to_float64_as_eager_is(name: str) -> None:
+    model, inputs = build(name, torch.bfloat16)
+    eager, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    stepper = Stepper(trace_module_train(model, (), inputs, optimizer="sgd", lr=0.1))
+    stepper(list(inputs.values()))
+    step(eager, torch.optim.SGD(eager.parameters(), lr=0.1), inputs)
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    step(exact, torch.optim.SGD(exact.parameters(), lr=0.1), wide)
+    theirs, truth = dict(eager.named_parameters()), dict(exact.named_parameters())
+    mine = sum((stepper.state[n].double() - p).square().sum().item() for n, p in truth.items())
+    other = sum((theirs[n].double() - p).square().sum().item() for n, p in truth.items())
+    assert mine <= 1.2 * other
+    targets = {op.attrs["target"] for _, op in stepper.module.walk() if op.name == "aten"}
+    assert not targets
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit", "resnet"])
 def test_blocks_are_differentiated_once(name: str) -> None:
     model, inputs = build(name)
