@@ -18,11 +18,11 @@ from ..ir.parser import parse_module
 from ..ir.text import print_module
 from ..passes.manager import PassManager
 from ..passes.pipeline import parse_pipeline
-from ..passes.registry import PASSES
 from ..runtime.artifact import Artifact
 from . import cli_inspect
 from .api import plan_target
 from .doctor import diagnose
+from .driver import ALL_PASSES
 from .load_target import load_target
 from .options import OPTIONS
 from .run import run_artifact
@@ -142,7 +142,8 @@ def verify(folder: Path, seed: int) -> None:
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), default=None, help="Default: stdout."
 )
-@click.option("--list", "list_", is_flag=True, is_eager=True, help="List the passes.",
+@click.option("--list", is_flag=True, is_eager=True,
+    expose_value=False, help="List the passes.",
               callback=lambda context, _, value: _list_passes(context) if value else None)  # fmt: skip
 @_diagnosed
 def opt(
@@ -166,7 +167,7 @@ def opt(
     first = text.splitlines()[0] if text else ""
     if not spec and first.startswith("// weft opt:"):
         spec = first.removeprefix("// weft opt:").strip()
-    manager = PassManager(parse_pipeline(spec), verify_each=verify_each, print_after=print_after)
+    manager = PassManager(parse_pipeline(spec, ALL_PASSES), verify_each=verify_each, print_after=print_after)
     result = print_module(manager.run(parse_module(text, str(file))))
     if output is None:
         click.echo(result, nl=False)
@@ -178,7 +179,7 @@ def opt(
 
 def _list_passes(context: click.Context) -> NoReturn:
     table = Table("pass", "summary", "levels")
-    for name, cls in PASSES.items():
+    for name, cls in ALL_PASSES.items():
         table.add_row(name, cls.summary, ", ".join(cls.levels))
     console.print(table)
     context.exit()

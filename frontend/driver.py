@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..costmodel.cluster import parse_cluster
 from ..ir.module import Module
+from ..passes.base import Pass
 from ..passes.manager import PassManager
 from ..passes.pipeline import parse_pipeline
 from ..passes.registry import PASSES
@@ -26,8 +27,8 @@ from .report import Dump
 _PATIENCE_S = 2.0
 
 
-#: this floor's passes join the table that the pipeline's text form knows
-PASSES.setdefault(Differentiate.name, Differentiate)
+#: every pass that a pipeline's text may name: those of the floor below, and this floor's own
+ALL_PASSES: dict[str, type[Pass]] = {**PASSES, Differentiate.name: Differentiate}
 
 
 def default_pipeline(kind: str, cluster: str, mesh: str = "") -> str:
@@ -103,7 +104,7 @@ def plan_program(
     parsed = parse_cluster(cluster)  # a typo is told before the work begins
     text = options.pipeline or default_pipeline(program.kind, cluster, mesh)
     manager = PassManager(
-        parse_pipeline(text),
+        parse_pipeline(text, ALL_PASSES),
         verify_each=options.verify_each,
         reproducers=options.cache / "reproducers",
         progress=lambda index, count, item: progress(f"{item.name} ({index + 1} of {count})"),

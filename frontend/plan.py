@@ -32,6 +32,7 @@ from .describe import (
     parameters,
     replicated,
 )
+from .options import OPTIONS
 from .predict import predict_timeline
 from .report import Dump, render_report
 from .timeline import Timeline
@@ -165,9 +166,9 @@ class Plan:
             for name, tensors in (("weights", self.weights), ("inputs", self.inputs)):
                 if tensors:
                     writer.tensors(name, tensors)
-            emit_kernels(
-                self.module("schedule"), writer.folder / "kernels", self.cluster.groups[0].kind
-            )
+            kind = self.cluster.groups[0].kind
+            kernels = writer.folder / "kernels"
+            emit_kernels(self.module("schedule"), kernels, kind, cache=OPTIONS.cache / "kernels")
             writer.gzipped("timeline.json.gz", self.timeline.to_json())
             writer.text("report.html", self.report())
             writer.commit(self._info(names))
