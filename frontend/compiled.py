@@ -301,7 +301,8 @@ class CompiledModule(torch.nn.Module):
             results = entry.running.step(*(t.detach() for t in tensors), seed=self.compiler.seed())
             return entry.outputs.build(self._take(entry, results))
         wanted = [self._tensor(name, entry, tensors) for name in entry.grads]
-        return entry.outputs.build(_Joint.apply(self, entry, tensors, *wanted))
+        run: Callable[..., Any] = _Joint.apply
+        return entry.outputs.build(run(self, entry, tensors, *wanted))
 
     def _trace(
         self, joint: bool, args: tuple[Any, ...], kwargs: dict[str, Any]

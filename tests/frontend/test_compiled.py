@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-import weft
 from torch import Tensor, nn
+
+import weft
 from weft.frontend.compiled import CompiledModule
 
 

@@ -5,6 +5,7 @@ import sys
 
 import psutil
 import pytest
+
 from weft.runtime.heap import trim
 
 
