@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -22,9 +23,11 @@ from torch.export import ExportedProgram, default_decompositions, export
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.proxy import TracerBase
+from torch.overrides import TorchFunctionMode
 
 from ..ir.errors import CompileError
 from ..ir.module import Value
+from ..ir.verify import user_span as place
 from . import (
     aten_contract,
     aten_create,
@@ -104,6 +107,44 @@ def _places() -> Iterator[None]:
         yield
     finally:
         TracerBase._filter_traceback_frames = original  # type: ignore[method-assign]
+
+
+class RefuseReads(TorchFunctionMode):
+    """Refuses `.item()` and the like: what Python does with the number would silently not happen
+    when the plan runs."""
+
+    _READS = frozenset({
+        torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__float__, torch.Tensor.__int__,
+        torch.Tensor.numpy,
+    })  # fmt: skip
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Call `func`, unless it takes numbers out of a tensor that is not a constant."""
+        if func is torch.Tensor.numpy:
+            raise _read()
+        result = func(*args, **(kwargs or {}))
+        if func in self._READS and _is_symbol(result):
+            raise _read()
+        return result
+
+
+def _is_symbol(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(map(_is_symbol, value))
+    return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def _read() -> CompileError:
+    frames = user_frames(traceback.extract_stack())
+    frame = frames[-1] if frames else None
+    return CompileError(
+        "W0301", "the program takes a number out of a tensor (.item(), float(), .numpy())",
+        span=None if frame is None else place(frame.filename, frame.lineno or 0),
+        reason="a plan runs without Python, which would not see the number",
+        hint="return the tensor, and call .item() on the compiled program's result",
+    )  # fmt: skip
 
 
 def _mark_stops(module: GraphModule) -> None:

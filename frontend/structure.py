@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..ir.errors import CompileError
+
 
 @dataclass(frozen=True)
 class _Hole:
@@ -49,7 +51,8 @@ def flatten(obj: Any) -> tuple[list[Tensor], list[str], Structure]:
     """Take the tensors out of a nested object.
 
     Returns the tensors, a name for each from its place (`labels`, `batch.0`; the name of an object
-    that is itself a tensor is empty), and the structure to build it again.
+    that is itself a tensor is empty), and the structure to build it again. Raises CompileError
+    W0301 for the symbols that stand for numbers while a program is traced.
     """
     tensors: list[Tensor] = []
     names: list[str] = []
@@ -69,6 +72,11 @@ def _take(obj: Any, path: str, tensors: list[Tensor], names: list[str]) -> Any:
             if field.init
         }
         return _Fields(type(obj), values)
+    if isinstance(obj, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        raise CompileError(
+            "W0301", "the program returns a number that it took from a tensor",
+            hint="return the tensor itself, and call .item() on the result",
+        )  # fmt: skip
     leaves, spec = pytree.tree_flatten_with_path(obj, is_leaf=lambda x: _stops(x, obj))
     if len(leaves) == 1 and not leaves[0][0]:
         return obj  # a leaf that is no tensor: a constant

@@ -21,7 +21,7 @@ from ..ir.module import Attr, Function, Module, Op, Value
 from ..ir.types import TensorType
 from ..runtime.context import tensor_type
 from .aten import Lowering
-from .capture import capture
+from .capture import RefuseReads, capture
 from .structure import Structure, flatten
 
 #: constants with at most this many elements are written out in the program
@@ -84,7 +84,9 @@ class Root(torch.nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the program; remember the structure of its result."""
         args, kwargs = self._run.inputs.build(tensors)
-        out, _, self._run.outputs = flatten(self._run.call(*args, **kwargs))
+        with RefuseReads():
+            result = self._run.call(*args, **kwargs)
+        out, _, self._run.outputs = flatten(result)
         return tuple(out)
 
     @property
@@ -180,7 +182,7 @@ def lower_program(
     params: dict[str, Value] = {}
     env: dict[torch.fx.Node, Any] = {}
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
-    inputs = iter(input_names)
+    inputs, given = iter(input_names), dict[str, str]()
     updated = set(program.graph_signature.buffers_to_mutate.values())
     for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
@@ -197,10 +199,12 @@ def lower_program(
         elif spec.kind is InputKind.USER_INPUT:
             name = next(inputs)
             env[node] = builder.param(_type(node), name, role="input", name=name)
+            given[node.name] = name
         else:
             env[node] = _constant(lowering, node, program.constants.get(str(spec.target)), state)
     outputs = lowering.run(program.graph, env)
-    return _finish(lowering, program, outputs, names), state, lowering.losses
+    function = _finish(lowering, program, outputs, names, given)
+    return function, state, lowering.losses
 
 
 def _type(node: torch.fx.Node) -> TensorType:
@@ -225,8 +229,9 @@ def _constant(
 
 
 def _finish(
-    c: Lowering, program: ExportedProgram, outputs: Sequence[Any], names: Mapping[str, str]
-) -> Function:
+    c: Lowering, program: ExportedProgram, outputs: Sequence[Any], names: Mapping[str, str],
+    inputs: Mapping[str, str],
+) -> Function:  # fmt: skip
     params = zip(c.builder.params, c.builder.param_attrs, strict=True)
     types = {attrs["name"]: value.type for value, attrs in params}
     results: list[Value] = []
@@ -241,7 +246,7 @@ def _finish(
             attrs.append({"role": "output"})
         elif spec.kind is not OutputKind.TOKEN:
             raise CompileError(
-                "W0302", f"the program changes {spec.target or 'an input'} in place",
+                "W0302", f"the program changes {inputs.get(str(spec.target), 'a tensor')} in place",
                 reason="an input belongs to the caller; only parameters and buffers may change",
                 hint="work on a clone of the input",
             )  # fmt: skip

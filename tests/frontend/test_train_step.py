@@ -209,14 +209,34 @@ def test_a_shape_that_depends_on_data_names_the_users_line() -> None:
     assert __file__ in text and "# here" in text
 
 
-def test_item_of_the_loss_is_refused() -> None:
-    def step(model: Net, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> float:
+@pytest.mark.parametrize("read", [
+    lambda loss: loss.item(), lambda loss: float(loss), lambda loss: loss.detach().numpy(),
+    lambda loss: [loss.item(), loss][1], lambda loss: loss if loss.item() > 0 else loss + 1,
+    lambda loss: loss.tolist(),
+])  # fmt: skip
+def test_reading_the_loss_in_the_step_is_refused(read: Callable[[Tensor], Any]) -> None:
+    def step(model: Net, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Any:
         loss = F.cross_entropy(model(x), y)
         loss.backward()
         optimizer.step()
-        return loss.item() if loss.item() > 0 else 0.0
+        return read(loss)
 
-    assert __file__ in refused(step, "W0301")
+    text = refused(step, "W0301")
+    assert "try:" in text and f"at {__file__}:" in text
+
+
+def test_changing_an_input_in_place_is_refused_by_its_name() -> None:
+    def step(model: Net, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Tensor:
+        return plain(model, optimizer, x.mul_(2), y)
+
+    assert "changes x in place" in refused(step, "W0302")
+
+
+def test_a_dtype_that_the_ir_lacks_is_refused() -> None:
+    def step(model: Net, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Tensor:
+        return plain(model, optimizer, torch.fft.fft(x).abs(), y)
+
+    assert "complex128" in refused(step, "W0302")
 
 
 @pytest.mark.parametrize("kind", ["no-step", "no-backward", "two-steps", "closure", "vector"])
