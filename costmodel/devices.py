@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..ir.types import FLOATS
-
 #: fraction of the peak that large matrix products reach: median over 5e10-FLOP and larger GEMMs of
 #: the public measurements (H100 bf16 0.77, A100 bf16 0.77, B200 bf16 0.64, V100 fp16 0.72)
 COMPUTE_EFFICIENCY = 0.7
