@@ -19,6 +19,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from weft.frontend.train_step import trace_module_train
+from weft.ir.verify import verify
+
 #: name -> (hidden, intermediate, layers, heads, key heads, vocabulary); Touvron et al., 2023
 #: (7 B), Llama team, 2024 (70 B and 405 B)
 SHAPES = {
@@ -33,12 +39,6 @@ TARGETS = {"70B": (60.0, 6000.0)}
 
 def measure(name: str) -> dict[str, float]:
     """Trace one shape in this process."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from weft.frontend.train_step import trace_module_train
-    from weft.ir.verify import verify
-
     logging.disable(logging.WARNING)
     hidden, intermediate, layers, heads, key_heads, vocabulary = SHAPES[name]
     config = LlamaConfig(

@@ -101,7 +101,10 @@ def capture(root: torch.nn.Module, tensors: Sequence[Tensor]) -> ExportedProgram
 def _places() -> Iterator[None]:
     """Let torch record where in the user's program an op stands: it keeps frames of functions
     called `forward` only, which leaves out train steps and helpers."""
-    original = TracerBase._filter_traceback_frames
+    original = getattr(TracerBase, "_filter_traceback_frames", None)
+    if original is None:  # private to torch; without it, places are coarser
+        yield
+        return
     TracerBase._filter_traceback_frames = lambda self, stack: user_frames(stack)  # type: ignore[method-assign, assignment]
     try:
         yield
