@@ -60,7 +60,7 @@ def _steps(label: str, quiet: bool) -> Any:
 
 def run_eager(out: Path) -> None:
     """Forty steps in eager PyTorch, one process."""
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(1)  # as each rank of the plan: spinning threads would fight for cores
     step_fn, (model, optimizer, _), _ = program()
     text = standard_library_bytes()
     before, losses, start = peak_mib(), [], time.perf_counter()
