@@ -67,7 +67,8 @@ def run_eager(out: Path) -> None:
     for step in _steps("eager, 1 process ", quiet=False):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step)
-        losses.append(float(step_fn(model, optimizer, batch(text, step, ROWS, LENGTH))))
+        loss = step_fn(model, optimizer, batch(text, step, ROWS, LENGTH))
+        losses.append(float(loss.detach()))
     report = {"losses": losses, "seconds": time.perf_counter() - start}
     report |= {"before_mib": before, "peak_mib": peak_mib()}
     params = {name: value.detach().clone() for name, value in model.named_parameters()}

@@ -68,7 +68,9 @@ class ArtifactWriter:
     def tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write tensors as safetensors, shared storage written out once per name."""
         plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-        save_file(plain, self.folder / f"{name}.safetensors")
+        path = self.folder / f"{name}.safetensors"
+        save_file(plain, path)
+        path.chmod(0o644)  # safetensors makes it private, the other files are not
 
     def commit(self, info: Mapping[str, Any]) -> None:
         """Write plan.json with the hashes of all files, and move the folder into place."""
