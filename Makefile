@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/python -m examples.demo --out out/demo
+	$(BIN)/python -m examples.demo --out demo-out
 
 test: setup
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
@@ -33,4 +33,4 @@ bench: setup
 	for file in benchmarks/*.py; do $(BIN)/python $$file --quick || exit 1; done
 
 clean:
-	rm -rf $(VENV) out build dist *.egg-info src/*.egg-info
+	rm -rf $(VENV) out demo-out build dist *.egg-info src/*.egg-info

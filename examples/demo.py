@@ -1,6 +1,6 @@
 """The demo: plan a Llama for 4 processes, train it there and in eager PyTorch, compare.
 
-    python -m examples.demo --out out/demo
+    python -m examples.demo --out demo-out
 
 Each run is a process of its own, so that its peak memory is its own.
 """
@@ -145,7 +145,7 @@ def compare(out: Path) -> bool:
 def main() -> None:
     """Plan, run both, compare; exits with 1 when the curves differ."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("out/demo"))
+    parser.add_argument("--out", type=Path, default=Path("demo-out"))
     parser.add_argument("--role", choices=["all", "plan", "eager", "rank"], default="all")
     arguments = parser.parse_args()
     out: Path = arguments.out
