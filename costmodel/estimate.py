@@ -14,7 +14,7 @@ from functools import lru_cache
 from math import prod
 
 from ..ir.module import Op
-from ..ir.opdef import OPS, signature_of
+from ..ir.opdef import OPS, bytes_of, signature_of
 from ..ir.signature import Signature
 from ..ir.types import FLOATS, Mesh, Placement, TensorType, local_bytes, shard_size
 from .cluster import Cluster
@@ -40,8 +40,7 @@ def op_time_us(op: Op, states: Sequence[str], mesh: Mesh, cluster: Cluster) -> f
     if op.name in VIEWS:
         return cluster.device.launch_us
     if entry.signature is None:
-        moved = sum(v.type.bytes for v in (*op.operands, *op.results))
-        return _roofline_us(0.0, "f32", moved, cluster)
+        return _roofline_us(0.0, "f32", bytes_of(op), cluster)
     signature = signature_of(op)
     if len(op.results) > 1 and entry.lse_results:
         fixup = _lse_fixup_us(op, signature, states, mesh, cluster)

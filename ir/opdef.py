@@ -187,6 +187,11 @@ def signature_of(op: Op) -> Signature:
     return _bind(op.name, ins, outs, tuple(sorted(op.attrs.items())), kinds)
 
 
+def bytes_of(op: Op) -> int:
+    """Bytes that an op moves on its global shapes: each operand read once, each result written."""
+    return sum(value.type.bytes for value in (*op.operands, *op.results))
+
+
 def flops_of(op: Op) -> float:
     """Floating-point operations of an op on its global shapes; 0 without a signature."""
     entry = OPS[op.name]

@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.ir.strategies import SIZES, programs
 
-from weft.ir.module import Module
-from weft.ir.opdef import OPS, flops_of, full_attrs, signature_of
+from weft.ir.module import Module, Op, Value
+from weft.ir.opdef import OPS, bytes_of, flops_of, full_attrs, signature_of
 from weft.ir.signature import (
     Signature,
     SignatureError,
@@ -16,7 +16,7 @@ from weft.ir.signature import (
     parse_signature,
     reshape_signature,
 )
-from weft.ir.types import B, Mesh, P, S, illegal_placement, local_shape
+from weft.ir.types import B, Mesh, P, S, TensorType, illegal_placement, local_shape
 
 MATMUL = "b... m k, b... k n -> b... m n ; k=sum"
 
@@ -238,6 +238,26 @@ def test_work_is_never_negative_and_zero_only_for_ops_that_move_or_make(module: 
         assert flops_of(op) >= 0
         if OPS[op.name].family in ("contraction", "row"):
             assert flops_of(op) > 0
+
+
+def test_the_work_and_bytes_of_ops_are_those_counted_by_hand() -> None:
+    b, h, s, t, d = 2, 4, 16, 32, 8
+    q, kv = TensorType("bf16", (b, h, s, d)), TensorType("bf16", (b, h, t, d))
+    lse = TensorType("f32", (b, h, s))
+    attention = Op(
+        "attention",
+        (Value("q", q), Value("k", kv), Value("v", kv)),
+        (Value("o", q), Value("l", lse)),
+        full_attrs("attention", {"scale": 1.0}),
+    )
+    assert flops_of(attention) == 2 * 2 * b * h * s * t * d  # two products
+    assert bytes_of(attention) == 2 * (2 * b * h * s * d + 2 * b * h * t * d) + 4 * b * h * s
+    image, kernel = TensorType("f32", (b, 3, 10, 10)), TensorType("f32", (5, 3, 3, 3))
+    out = TensorType("f32", (b, 5, 8, 8))
+    attrs = full_attrs("convolution", {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)})
+    conv = Op("convolution", (Value("x", image), Value("w", kernel)), (Value("y", out),), attrs)
+    assert flops_of(conv) == 2 * b * 5 * 8 * 8 * 3 * 3 * 3
+    assert bytes_of(conv) == 4 * (b * 3 * 100 + 5 * 27 + b * 5 * 64)
 
 
 @pytest.mark.parametrize("size", SIZES)
