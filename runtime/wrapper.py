@@ -26,6 +26,7 @@ from ..ir.types import DTYPES, local_shape
 from .comm import COMMUNICATION, Comm
 from .context import OpContext, results_of
 from .lifetimes import PERSISTENT, alias_roots, last_readers
+from .reuse import into_operand, reusable
 from .sections import Run, Section, Text, cut
 from .updates import make_update, update_key
 
@@ -81,6 +82,7 @@ class Wrapper:
         self._last = last_readers(self.function)
         self.constants: dict[str, Tensor] = {}
         self._hoist()
+        self._reused = reusable(self.function, tuple(self.constants))
         self.sections = cut(self.function, self.constants)
         for section in self.sections:
             attrs = self.function.result_attrs
@@ -238,13 +240,21 @@ class Wrapper:
         function = f"f{index}"
         if function not in self.globals:
             last = index in self._last and op.operands[0].name not in self.constants
-            self.globals[function] = self._semantics(op, last)
+            self.globals[function] = self._semantics(op, last, self._reused.get(index))
         return (f"{left} = " if left else "") + f"{function}({', '.join(names)})"
 
-    def _semantics(self, op: Op, last: bool = False) -> Callable[..., Any]:
-        """What runs an op on this rank's tensors; `last` as in `Comm.action`."""
+    def _semantics(
+        self, op: Op, last: bool = False, into: int | None = None
+    ) -> Callable[..., Any]:
+        """What runs an op on this rank's tensors; `last` as in `Comm.action`.
+
+        `into` is the operand whose memory the result takes.
+        """
         if op.name in COMMUNICATION:
             return self.comm.action(op, last)
+        reused = None if into is None else into_operand(op, into)
+        if reused is not None:
+            return reused
         call = partial(OPS[op.name].ref, self._context(op))
         if op.name == "aten" and len(op.results) == 1:
             return partial(_only, call)
@@ -272,7 +282,12 @@ class Wrapper:
             return name
         text = Text(f"<weft rank {self.comm.rank} {callee} {next(_serial)}>", self.lines)
         space: dict[str, Any] = {}
-        constants: set[str] = set()
+        constants = {
+            op.result.name
+            for op in function.ops
+            if _is_constant(op) and self._bytes(op.result) <= HOIST_BYTES
+        }
+        reused = reusable(function, tuple(constants))
         local = {value.name: f"a{i}" for i, value in enumerate(function.params)}
         text.add(f"def {name}({', '.join(local.values())}):")
         for i, (op, dropped) in enumerate(zip(function.ops, function.last_uses(), strict=True)):
@@ -280,10 +295,9 @@ class Wrapper:
             for value in op.results:
                 local[value.name] = f"v{len(local)}"
             left = ", ".join(local[value.name] for value in op.results)
-            space[f"f{i}"] = self._semantics(op)
-            if _is_constant(op) and self._bytes(op.result) <= HOIST_BYTES:
+            space[f"f{i}"] = self._semantics(op, into=reused.get(i))
+            if len(op.results) == 1 and op.result.name in constants:
                 space[local[op.result.name]] = space[f"f{i}"]()
-                constants.add(op.result.name)
             else:
                 text.add(f"    {left} = f{i}({operands})", op)
             if gone := [local[name] for name in dropped if name not in constants]:

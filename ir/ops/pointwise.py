@@ -112,4 +112,4 @@ binary("sigmoid_backward", "gradient of sigmoid from its result: (dy, y) -> dy *
        lambda c, dy, y: c.torch.ops.aten.sigmoid_backward(dy, y), linear=((0,),),
        flops_per_point=3)  # fmt: skip
 binary("relu_backward", "gradient of relu from its result or operand: dy where y > 0, else 0",
-       lambda c, dy, y: c.torch.where(y > 0, dy, c.torch.zeros_like(dy)), linear=((0,),))  # fmt: skip
+       lambda c, dy, y: c.torch.ops.aten.threshold_backward(dy, y, 0), linear=((0,),))  # fmt: skip
