@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..costmodel.cluster import Cluster, parse_cluster
 from ..ir.errors import RunError, WeftError
 from ..ir.module import Module
 from ..runtime.artifact import Artifact
@@ -20,9 +21,13 @@ from .describe import (
     human_bytes,
     human_time,
     matching,
+    memory_by_owner,
     op_line,
     parameters,
+    replicated,
 )
+from .explain_text import explain_path
+from .predict import predict_timeline
 
 console = Console(highlight=False)
 
@@ -57,10 +62,12 @@ def _overview(artifact: Artifact) -> None:
 def _tables(spmd: Module, limit: int) -> None:
     rows = collectives(spmd)
     table = Table(
-        "collective", "axis", "count", "bytes", "tensor", "where", title="collectives of a step"
-    )
+        "collective", "axis", "count", "bytes", "carries", "tensor", "where",
+        title="collectives of a step",
+    )  # fmt: skip
     for row in rows[:limit]:
-        cells = (row.name, row.axis, str(row.count), human_bytes(row.bytes), row.tensor, row.where)
+        size = human_bytes(row.bytes)
+        cells = (row.name, row.axis, str(row.count), size, row.carries, row.tensor, row.where)
         table.add_row(*map(escape, cells))
     console.print(table)
     if len(rows) > limit:
@@ -75,6 +82,34 @@ def _tables(spmd: Module, limit: int) -> None:
         console.print(f"and {len(params) - limit} more (--limit)")
     for target, where, count in fallbacks(spmd):
         console.print(f"falls back to ATen: {target} x {count} at {where}", markup=False)
+    for op in replicated(spmd)[:limit]:
+        line = f"replicated on every rank: {op_line(op)} at {op.loc}"
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _cluster(artifact: Artifact) -> Cluster:
+    return parse_cluster(str(artifact.info["cluster"]))
+
+
+def _memory(artifact: Artifact, limit: int) -> None:
+    timeline = predict_timeline(artifact.module(), _cluster(artifact))
+    table = Table("owner", "", "bytes of a rank", title="memory at the predicted peak")
+    rows = memory_by_owner(timeline.at_peak)
+    for kind, owner, size in rows[:limit]:
+        table.add_row(kind, escape(owner), human_bytes(size))
+    console.print(table)
+    if len(rows) > limit:
+        console.print(f"and {len(rows) - limit} more (--limit)")
+
+
+def _explain(artifact: Artifact, path: str, limit: int) -> None:
+    """Placement, cost and runner-up, where the artifact has a placed level and the path is there."""
+    modules = [artifact.module(dump) for dump in artifact.dumps]
+    placed = next((m for m in reversed(modules) if m.level == "placed"), None)
+    if placed is None:
+        return
+    text = explain_path(placed, _spmd(artifact), _cluster(artifact), path, limit)
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def _history(artifact: Artifact, path: str, limit: int) -> None:
@@ -114,7 +149,7 @@ def _dump(artifact: Artifact, name: str) -> Path:
     "--diff", "pair", nargs=2, default=None, metavar="A B", help="Differences of two dumps."
 )
 @click.option(
-    "--op", "path", default="", metavar="PATH", help="History of the ops of a module path."
+    "--op", "path", default="", metavar="PATH", help="Placement, cost and history of a module path."
 )
 @click.option("--html", is_flag=True, help="Open the report page.")
 @click.option("--limit", default=20, show_default=True, help="Rows of each table.")
@@ -131,6 +166,7 @@ def inspect(
             text = diff(artifact.module(before), artifact.module(after), (before.name, after.name))
             click.echo(text)
         elif path:
+            _explain(artifact, path, limit)
             _history(artifact, path, limit)
         elif html:
             page = (artifact.path / "report.html").resolve()
@@ -139,6 +175,7 @@ def inspect(
         else:
             _overview(artifact)
             _tables(_spmd(artifact), limit)
+            _memory(artifact, limit)
     except WeftError as error:
         Console(stderr=True, highlight=False).print(error.render(), markup=False, soft_wrap=True)
         raise SystemExit(2) from None

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 
-from ..ir.module import Function, Module, Op
+from ..ir.module import Function, Location, Module, Op
 from ..ir.opdef import OPS
 from ..ir.text import print_module
 from ..ir.types import DTYPES, Mesh, TensorType, local_bytes, local_shape
+from ..passes.inline import inline
 
 
 def executions(module: Module) -> dict[str, int]:
@@ -32,32 +34,92 @@ def executions(module: Module) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class CollectiveRow:
-    """Collectives of one kind on one axis that carry one tensor, over a whole step."""
+    """Collectives of one kind on one axis that carry one tensor, over a whole step.
+
+    Those of repeated blocks share a row: `layers.*.mlp`.
+    """
 
     name: str
     axis: str
     count: int
     bytes: int  #: of the largest rank's operand, times count
-    tensor: str
+    tensor: str  #: type of the operand
+    carries: str  #: `gradient of NAME`, the name of a parameter, or `result of OP`
     where: str
 
 
 def collectives(module: Module) -> list[CollectiveRow]:
     """Collectives of an spmd or schedule module, heaviest first."""
     mesh = module.mesh or Mesh()
-    times = executions(module)
-    table: dict[tuple[str, str, str, str], tuple[int, int]] = {}
-    for function, op in module.walk():
+    entry = inline(module).entry
+    carried = _Carried(entry)
+    table: dict[tuple[str, ...], list[tuple[int, str, Location]]] = {}
+    for op in entry.ops:
         if OPS[op.name].family != "collective":
             continue
-        count = times.get(function.name, 0)
         source = op.operands[0] if op.operands else op.results[0]
-        size = local_bytes(source.type, mesh) * count
-        key = (op.name, str(op.attrs.get("axis", "")), str(source.type), str(op.loc))
-        old = table.get(key, (0, 0))
-        table[key] = (old[0] + count, old[1] + size)
-    rows = [CollectiveRow(k[0], k[1], v[0], v[1], k[2], k[3]) for k, v in table.items()]
+        what, loc = carried.name(op), carried.location(op)
+        axis = str(op.attrs.get("axis", ""))
+        key = (op.name, axis, str(source.type), star(what), star(loc.path), loc.file, str(loc.line))
+        table.setdefault(key, []).append((local_bytes(source.type, mesh), what, loc))
+    rows = []
+    for (name, axis, tensor, what, path, *_), found in table.items():
+        what = found[0][1] if len({f[1] for f in found}) == 1 else what
+        path = found[0][2].path if len({f[2].path for f in found}) == 1 else path
+        where = str(replace(found[0][2], path=path))
+        size = sum(f[0] for f in found)
+        rows.append(CollectiveRow(name, axis, len(found), size, tensor, what, where))
     return sorted(rows, key=lambda row: (-row.bytes, row.name, row.where))
+
+
+def star(path: str) -> str:
+    """A path with the numbers of repeated blocks as stars: `layers.*.mlp`."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
+
+
+class _Carried:
+    """What the collectives of a flat function carry, in the user's terms."""
+
+    def __init__(self, function: Function) -> None:
+        self.defs, self.uses = function.defs(), function.uses()
+        pairs = zip(function.params, function.param_attrs, strict=True)
+        self.params = {value.name: str(a.get("name", value.name)) for value, a in pairs}
+
+    def _source(self, name: str) -> tuple[str, Op | None]:
+        """The value behind a chain of collectives and views, and its op."""
+        while (found := self.defs.get(name)) is not None and _passes_on(found) and found.operands:
+            name = found.operands[0].name
+        return name, found
+
+    def name(self, op: Op) -> str:
+        """What a collective carries."""
+        for value in op.results:
+            if wanted := self._updated(value.name):
+                return f"gradient of {wanted}"
+        name, found = self._source((op.operands or op.results)[0].name)
+        if found is None:
+            return self.params.get(name, name)
+        return f"result of {found.attrs.get('callee', found.name)}"
+
+    def _updated(self, name: str) -> str:
+        """The parameter whose update reads a value, perhaps through views and collectives."""
+        for reader in self.uses.get(name, ()):
+            if OPS[reader.name].family == "optimizer" and reader.operands[1].name == name:
+                return self.params.get(self._source(reader.operands[0].name)[0], "")
+            if _passes_on(reader) and (found := self._updated(reader.results[0].name)):
+                return found
+        return ""
+
+    def location(self, op: Op) -> Location:
+        """Where a collective comes from: its own place, or that of what it carries."""
+        _, found = self._source((op.operands or op.results)[0].name)
+        return op.loc if str(op.loc) or found is None else found.loc
+
+
+def _passes_on(op: Op) -> bool:
+    """Is the result the operand, perhaps moved between ranks or seen otherwise?"""
+    moves = ("wait", "reshard", "reshape", "permute", "cast")
+    return OPS[op.name].family == "collective" or op.name in moves
 
 
 @dataclass(frozen=True)
@@ -91,6 +153,18 @@ def memory_by_role(module: Module) -> dict[str, int]:
     return dict(table)
 
 
+def memory_by_owner(at_peak: Sequence[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
+    """Bytes at the peak by owner, largest first: (kind, owner, bytes).
+
+    Parameters, states and inputs are one row per kind, activations one per module path, those of
+    repeated blocks together.
+    """
+    table: Counter[tuple[str, str]] = Counter()
+    for kind, owner, size in at_peak:
+        table[kind, star(owner) if kind == "activations" else ""] += size
+    return [(kind, owner, size) for (kind, owner), size in table.most_common()]
+
+
 def fallbacks(module: Module) -> list[tuple[str, str, int]]:
     """Opaque ATen calls: (operator, where, executions)."""
     times = executions(module)
@@ -112,8 +186,10 @@ def replicated(module: Module) -> list[Op]:
 
 
 def matching(module: Module, path: str) -> Iterator[tuple[Function, Op]]:
-    """Ops whose module path or name contains `path`."""
-    for function, op in module.walk():
+    """Ops whose module path or name contains `path`, those of called functions at each call."""
+    for function, op in inline(module, keep=lambda _: False).walk():
+        if op.name == "free":
+            continue
         if path in op.loc.path or path == op.name or any(path == v.name for v in op.results):
             yield function, op
 

@@ -21,17 +21,15 @@ from ..ir.module import LEVELS, Module
 from ..ir.text import print_module
 from ..ir.types import Mesh
 from .artifact import ArtifactWriter
+from .axes import axis_words
 from .describe import (
     collectives,
     fallbacks,
     human_bytes,
     human_time,
-    matching,
     memory_by_role,
-    op_line,
-    parameters,
-    replicated,
 )
+from .explain_text import explain_path, explain_plan
 from .options import OPTIONS
 from .predict import predict_timeline
 from .report import Dump, render_report
@@ -104,7 +102,7 @@ class Plan:
         spmd = self.module("spmd")
         rows = [("program", self.target), ("cluster", f"{self.cluster}, {mesh_text(self.mesh)}")]
         for axis in self.mesh.names:
-            rows.append((f"axis {axis}", self._axis(axis)))
+            rows.append((f"axis {axis}", axis_words(self.module("placed"), axis)))
         moved: Counter[str] = Counter()
         counts: Counter[str] = Counter()
         for row in collectives(spmd):
@@ -121,40 +119,20 @@ class Plan:
             rows.append(("ATen", f"{len(fallen)} ops are not known to weft: {', '.join(names)}"))
         return rows
 
-    def _axis(self, axis: str) -> str:
-        """What an axis splits, in words: over all op executions, and over the parameters."""
-        position = self.mesh.axis(axis)
-        splits: Counter[str] = Counter()
-        for _, op in self.module("placed").walk():
-            if axis in op.split and op.name in ("einsum", "attention", "convolution"):
-                splits[f"{op.name} {op.split[axis]}"] += 1
-        held: Counter[str] = Counter()
-        for row in parameters(self.module("placed")):
-            placement = (row.type.placement or ())[position]
-            held[f"{row.role} {'sharded' if placement.kind == 'S' else 'whole'}"] += 1
-        parts = [f"{name} ({count})" for name, count in splits.most_common(4)]
-        parts += [f"{name} ({count})" for name, count in sorted(held.items()) if name[0] in "ps"]
-        return ", ".join(parts) or "not used"
-
     def explain(self, path: str = "") -> str:
-        """Where the ops and parameters of a module path are, and what was replicated.
+        """Why the plan is as it is.
 
         Args:
-            path: a part of a module path, such as `layers.0.mlp`; empty for the whole plan.
+            path: a part of a module path or parameter name, such as `layers.0.mlp`: placement,
+                cost and runner-up of its parameters and ops, and its collectives. Empty for the
+                whole plan: collectives per axis, memory by owner, ops that every rank repeats.
+
+        Raises CompileError W1001 where nothing matches.
         """
-        placed = self.module("placed")
-        lines = [self.summary()] if not path else []
-        for row in parameters(placed):
-            if path and path in row.name:
-                lines.append(f"{row.role} {row.name}: {row.type}, {human_bytes(row.bytes)} a rank")
+        placed, spmd = self.module("placed"), self.module("spmd")
         if path:
-            lines += [f"{op.loc}\n    {op_line(op)}" for _, op in matching(placed, path)]
-        lines += [
-            f"replicated: {op_line(op)} at {op.loc}" for op in replicated(placed)[:10] if not path
-        ]
-        if path and not lines:
-            raise CompileError("W1001", f"nothing in the plan matches {path!r}")
-        return "\n".join(lines)
+            return explain_path(placed, spmd, self.cluster, path)
+        return f"{self.summary()}\n{explain_plan(placed, spmd, self.timeline)}"
 
     def save(self, path: str | Path) -> None:
         """Write the artifact folder, all of it or nothing. Raises CompileError W1001."""
