@@ -6,6 +6,7 @@ and optimizer states live here as local shards; inputs come as whole tensors and
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from math import prod
 from types import TracebackType
@@ -156,17 +157,28 @@ class Executor:
         op = self._action(error.__traceback__)
         if op is None:
             return RunError("W0803", f"rank {self.rank} failed", reason=_first_line(error))
+        shown = self._transfer(op)
         what = f"{op.name} ({', '.join(map(str, op.results))})" if op.results else op.name
-        place = f" of {op.loc}" if str(op.loc) else ""
+        if shown is not op:
+            what = f"{what} for {shown.name} over {shown.attrs.get('axis', 'its peer')}"
+        place = f" of {shown.loc}" if str(shown.loc) else ""
         reason, hint = _first_line(error), ""
         if op.name in COMMUNICATION or op.name == "wait":
             culprits = self.comm.roll_call()
             reason = "; ".join([*culprits, reason])
-            hint = "the first rank that failed says why" if culprits else ""
+            hint = "look at the output of the rank named first" if culprits else ""
         else:
-            self.comm.report(f"{what}{place}: {reason}")
+            self.comm.report(f"in {what}{place}: {reason}")
         message = f"rank {self.rank} failed in {what}{place}"
         return RunError("W0803", message, reason=reason, hint=hint)
+
+    def _transfer(self, op: Op) -> Op:
+        """The action that started what a `wait` waits for; other actions are their own."""
+        if op.name != "wait":
+            return op
+        handle = op.operands[0].name
+        starts = (o for o in self.function.ops for v in o.results if v.name == handle)
+        return next(starts, op)
 
     def _action(self, traceback: TracebackType | None) -> Op | None:
         """The innermost action on a traceback."""
@@ -191,9 +203,13 @@ class Executor:
         )
 
 
+#: gloo's source position before, and its advice behind, the cause of an error
+_NOISE = re.compile(r"^\[/[^\]]*\] |\. This is typically caused by.*$")
+
+
 def _first_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
-    return f"{type(error).__name__}: {text.splitlines()[0]}"
+    return f"{type(error).__name__}: {_NOISE.sub('', text.splitlines()[0])}"
 
 
 def peak_bytes(

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _get_default_store
 
 from ..ir.errors import RunError
 from ..ir.types import Mesh, TensorType, local_shape
+from .watch import watch
 
 #: Seconds after which a collective that some rank does not join raises: long enough for a rank
 #: that compiles kernels or writes a checkpoint meanwhile, short enough to notice on the same day.
 TIMEOUT_S = 300.0
-
-#: Seconds that a rank waits for the others to say that they live: ranks meet the end of a peer's
-#: connections within milliseconds, and the interpreter's start-up cannot fall into it.
-ROLL_CALL_S = 3.0
 
 Finish = Callable[[], Tensor]
 Shape = tuple[int, ...]
@@ -72,6 +66,7 @@ class Groups:
         self._members: dict[str, tuple[int, ...]] = {}
         self._groups = {name: self._new_group(name) for name in mesh.names}
         self.nccl = self.distributed and dist.get_backend() == "nccl"
+        self.watch = watch()
 
     def _new_group(self, axis: str) -> Any:
         """The process group along an axis; None where the axis has one rank.
@@ -116,40 +111,13 @@ class Groups:
         return local_shape(type, self.mesh, self.coord)
 
     def report(self, text: str) -> None:
-        """Tell the other ranks why this one fails."""
-        if self.distributed:
-            with suppress(RuntimeError):  # the store may be gone with the rank that held it
-                _get_default_store().set(f"weft/failed/{self.rank}", text)
+        """Tell the other ranks why this one fails: `in ACTION: reason`."""
+        if self.watch is not None:
+            self.watch.report(text)
 
-    def roll_call(self, patience_s: float = ROLL_CALL_S) -> list[str]:
-        """After a failed transfer: which ranks failed on their own, or do not answer.
-
-        Each rank that comes here answers; a rank that neither answers nor reported within
-        `patience_s` is dead, or still busy.
-        """
-        if not self.distributed:
-            return []
-        world = range(dist.get_world_size())
-        try:
-            store = _get_default_store()
-            store.set(f"weft/answer/{self.rank}", "")
-            until = time.monotonic() + patience_s
-            silent = [rank for rank in world if rank != self.rank]
-            found: list[str] = []
-            while silent and time.monotonic() < until:
-                for rank in list(silent):
-                    if store.check([f"weft/failed/{rank}"]):
-                        why = store.get(f"weft/failed/{rank}").decode(errors="replace")
-                        found.append(f"rank {rank} failed in {why}")
-                        silent.remove(rank)
-                    elif store.check([f"weft/answer/{rank}"]):
-                        silent.remove(rank)
-                if found:
-                    return found
-                time.sleep(0.05)
-        except RuntimeError as error:  # so is every error of a store
-            return [f"the rank that holds the store does not answer ({error})"]
-        return [f"rank {rank} does not answer" for rank in silent]
+    def roll_call(self) -> list[str]:
+        """After a failed transfer: which ranks failed, do not answer, or hold the others up."""
+        return [] if self.watch is None else self.watch.roll_call()
 
     def barrier(self) -> None:
         """Wait for all ranks of the world."""

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import threading
+import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ import torch.distributed as dist
 
 from ..ir.errors import RunError
 from .comm import TIMEOUT_S
+from .watch import unwatch, watch
 
 #: torchrun's summary of the first failure: `rank : 1 (local_rank: 1)` and `exitcode : -9 (pid: 7)`
 _FAILED = re.compile(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", re.DOTALL)
@@ -142,9 +144,41 @@ def init_from_env(kind: str = "", *, timeout_s: float = TIMEOUT_S) -> Iterator[W
     # no device_id: NCCL would then split groups off with all ranks taking part, not members alone
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
     try:
+        watch()
         yield World(rank, size, device)
         if cuda:
             torch.cuda.synchronize()
-        dist.barrier(device_ids=[local] if cuda else None)
+        _end_together(rank, [local] if cuda else None)
+    except BaseException as error:
+        _tell(error)
+        raise
     finally:
+        unwatch()
         dist.destroy_process_group()
+
+
+def _end_together(rank: int, devices: list[int] | None) -> None:
+    """Wait for the other ranks. Raises RunError W0803 when one of them does not come."""
+    here = watch()
+    if here is not None:
+        here.ended()
+    try:
+        dist.barrier(device_ids=devices)
+    except RuntimeError as error:
+        culprits = here.roll_call() if here is not None else []
+        raise RunError(
+            "W0803", f"rank {rank} came to its end, the others did not",
+            reason="; ".join(culprits) or str(error).splitlines()[0],
+            hint="all ranks make the same calls in the same order, as many steps on each",
+        ) from error  # fmt: skip
+
+
+def _tell(error: BaseException) -> None:
+    """Tell the other ranks why this one leaves; those that hear of a failed transfer know."""
+    here = watch()
+    if here is None or (isinstance(error, RunError) and error.code == "W0803"):
+        return
+    text = str(error).strip().splitlines()
+    what = "with " + type(error).__name__ + (f": {text[0]}" if text else "")
+    user = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")]
+    here.report(f"{what} ({user[-1].filename}:{user[-1].lineno})" if user else what)
