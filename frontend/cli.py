@@ -25,7 +25,7 @@ from .doctor import diagnose
 from .driver import ALL_PASSES
 from .load_target import load_target
 from .options import OPTIONS
-from .run import run_artifact
+from .run import Saving, run_artifact
 from .verify import TOLERANCE, verify_dumps
 
 console = Console(highlight=False)
@@ -97,11 +97,22 @@ def compile_command(
 @click.option(
     "--trace", type=_FOLDER, default=None, help="Write a Perfetto trace of the last step."
 )
+@click.option("--save", type=_FOLDER, default=None, help="Write checkpoints into this folder.")
+@click.option("--save-every", type=click.IntRange(min=1), default=1, show_default=True,
+              help="Steps between two checkpoints.")  # fmt: skip
+@click.option("--resume", is_flag=True, help="Continue from the latest checkpoint of --save, if any.")
+@click.option("--async-save", is_flag=True, help="Write checkpoints while the next steps run.")
 @_diagnosed
-def run(folder: Path, steps: int, lr: float | None, seed: int, trace: Path | None) -> None:
+def run(
+    folder: Path, steps: int, lr: float | None, seed: int, trace: Path | None, save: Path | None,
+    save_every: int, resume: bool, async_save: bool,
+) -> None:  # fmt: skip
     """Run an artifact on its example inputs, under torchrun or starting the processes itself."""
+    if save is None and (resume or async_save):
+        raise RunError("W1001", "--resume and --async-save need --save DIR")
     artifact = Artifact.open(folder)
-    run_artifact(artifact, steps=steps, lr=lr, seed=seed, trace=trace, console=console)
+    run_artifact(artifact, steps=steps, lr=lr, seed=seed, trace=trace, console=console,
+                 saving=Saving(save, save_every, resume, async_save))  # fmt: skip
 
 
 @main.command()

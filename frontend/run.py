@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -20,6 +21,31 @@ def under_torchrun() -> bool:
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
+@dataclass(frozen=True)
+class Saving:
+    """Checkpoints of a run.
+
+    Attributes:
+        folder: where they are; None for none.
+        every: steps between two; there is one after the last step too.
+        resume: continue from the latest one, if there is one.
+        asynchronous: write them while the next steps run.
+    """
+
+    folder: Path | None = None
+    every: int = 1
+    resume: bool = False
+    asynchronous: bool = False
+
+    def flags(self) -> list[str]:
+        """The flags of `weft run` that say the same."""
+        if self.folder is None:
+            return []
+        flags = ["--save", str(self.folder), "--save-every", str(self.every)]
+        flags += ["--resume"] if self.resume else []
+        return flags + (["--async-save"] if self.asynchronous else [])
+
+
 def run_artifact(
     artifact: Artifact,
     *,
@@ -28,10 +54,12 @@ def run_artifact(
     seed: int,
     trace: Path | None,
     console: Console,
+    saving: Saving = Saving(),
 ) -> None:
     """Run steps and print their results on rank 0; start the ranks first where nobody has.
 
-    Raises RunError W0801 for another world size, W0804 without example inputs.
+    Raises RunError W0801 for another world size, W0804 without example inputs, W11xx for
+    checkpoints.
     """
     ranks = int(artifact.info["ranks"])
     if ranks > 1 and not under_torchrun():
@@ -39,16 +67,22 @@ def run_artifact(
         arguments += ["--seed", str(seed)]
         arguments += [] if lr is None else ["--lr", str(lr)]
         arguments += [] if trace is None else ["--trace", str(trace)]
-        launch(arguments, ranks)
+        launch(arguments + saving.flags(), ranks)
         return
     if under_torchrun() and int(os.environ["WORLD_SIZE"]) != ranks:
         raise world_mismatch(artifact.path, ranks, int(os.environ["WORLD_SIZE"]))
     with Executable(artifact) as exe:
-        _run(exe, steps, lr, seed, trace, console)
+        _run(exe, steps, lr, seed, trace, console, saving)
 
 
 def _run(
-    exe: Executable, steps: int, lr: float | None, seed: int, trace: Path | None, console: Console
+    exe: Executable,
+    steps: int,
+    lr: float | None,
+    seed: int,
+    trace: Path | None,
+    console: Console,
+    saving: Saving,
 ) -> None:
     inputs = exe.example_inputs()
     roles = [str(a.get("role", "")) for a in exe.artifact.module().entry.param_attrs]
@@ -59,8 +93,7 @@ def _run(
             reason="the program was traced without data",
             hint='load it with weft.load("...") and pass your own to step()',
         )
-    exe.load_weights()
-    for step in range(steps):
+    for step in range(_start(exe, saving, console), steps):
         last = step == steps - 1
         if trace is not None and last:
             with exe.program.tracing(trace):
@@ -72,8 +105,24 @@ def _run(
                 f"{float(r):.6f}" if r.numel() == 1 else f"{list(r.shape)}" for r in results
             )
             console.print(f"step {step}  {shown}", markup=False)
+            sys.stdout.flush()
+        if saving.folder is not None and (last or (step + 1) % saving.every == 0):
+            exe.save(saving.folder, step + 1, asynchronous=saving.asynchronous)
     memory = exe.program.memory()
     line = f"rank {exe.rank}: state {human_bytes(memory.state_bytes)}, "
     line += f"peak resident memory {human_bytes(memory.peak_bytes)}"
     console.print(line, markup=False)
     sys.stdout.flush()
+
+
+def _start(exe: Executable, saving: Saving, console: Console) -> int:
+    """Load the latest checkpoint, or the artifact's weights; the number of steps taken."""
+    if saving.resume and saving.folder is not None and exe.checkpoints.exists(saving.folder):
+        start = exe.load(saving.folder)
+        line = f"resumed after {start} steps from {saving.folder}"
+    else:
+        exe.load_weights()
+        start, line = 0, f"no checkpoint in {saving.folder} yet: from the start"
+    if saving.resume and exe.rank == 0:
+        console.print(line, markup=False)
+    return start

@@ -7,6 +7,7 @@ One table (`CODES`) holds the closed set of codes, so that a code can be looked 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 CODES: dict[str, str] = {
     "W0101": "text: the .weft text is malformed",
@@ -34,6 +35,12 @@ CODES: dict[str, str] = {
     "W0804": "run: inputs do not match the plan",
     "W0901": "codegen: a kernel cannot be generated or built",
     "W1001": "command line: bad arguments",
+    "W1101": "checkpoint: there is none",
+    "W1102": "checkpoint: it does not fit the plan",
+    "W1103": "checkpoint: truncated or modified file",
+    "W1104": "checkpoint: written by another version",
+    "W1105": "checkpoint: it could not be written",
+    "W1106": "checkpoint: another job writes to the folder",
 }
 
 
@@ -82,6 +89,10 @@ class WeftError(Exception):
         self.reason, self.hint = reason, hint
         super().__init__(self.render())
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Diagnostics travel between ranks, with all their parts."""
+        return _rebuilt, (type(self), self.code, self.message, self.span, self.reason, self.hint)
+
     def render(self) -> str:
         """Return the whole diagnostic as text, most important line first."""
         parts = [f"[{self.code}] {self.message}"]
@@ -92,6 +103,12 @@ class WeftError(Exception):
         if self.hint:
             parts.append(f"  try: {self.hint}")
         return "\n".join(parts)
+
+
+def _rebuilt(
+    kind: type[WeftError], code: str, message: str, span: Span | None, reason: str, hint: str
+) -> WeftError:
+    return kind(code, message, span=span, reason=reason, hint=hint)
 
 
 class CompileError(WeftError):

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..ir.errors import RunError
 from ..ir.types import Mesh
 from .artifact import Artifact
+from .checkpoint import Checkpoints
 from .comm import TIMEOUT_S, Comm
 from .kernels import load_kernels
 from .launch import init_from_env
@@ -30,6 +31,7 @@ class Executable:
     Attributes:
         artifact: the folder it came from.
         program: the plan on this rank.
+        checkpoints: saves and loads its state.
         rank, world_size: this rank's place.
 
     Raises RunError W0801 when the world does not fit the plan.
@@ -50,6 +52,7 @@ class Executable:
             self.program = Program(
                 module, comm, world.device, kernels=kernels, timeout_s=timeout_s
             )
+            self.checkpoints = stack.enter_context(Checkpoints(self.program))
             self._exit = stack.pop_all()
 
     def load_weights(self) -> None:
@@ -81,6 +84,16 @@ class Executable:
     def state_dict(self) -> dict[str, Tensor]:
         """All state by the user's names, whole; all ranks must call."""
         return self.program.state_dict()
+
+    def save(
+        self, path: str | Path, step: int, *, asynchronous: bool = False, keep: int = 2
+    ) -> None:
+        """Write a checkpoint into a folder; see `Checkpoints.save`. All ranks must call."""
+        self.checkpoints.save(path, step, asynchronous=asynchronous, keep=keep)
+
+    def load(self, path: str | Path, *, strict: bool = True) -> int:
+        """Load the latest checkpoint of a folder; its step. See `Checkpoints.load`."""
+        return self.checkpoints.load(path, strict=strict)
 
     def close(self) -> None:
         """Wait for the other ranks and leave the world."""

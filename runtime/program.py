@@ -87,6 +87,16 @@ class Program:
 
     # -- state --------------------------------------------------------------------------------
 
+    @property
+    def state_types(self) -> dict[str, TensorType]:
+        """Placed types of all state by name, in the same order on all ranks."""
+        return {name: value.type for name, value in self._kept}
+
+    @property
+    def state_roles(self) -> dict[str, str]:
+        """What each state is: `param`, `buffer` or `state` (of the optimizer)."""
+        return {name: self._role(value) for name, value in self._kept}
+
     def load_state(self, full: Mapping[str, Tensor], *, strict: bool = True) -> None:
         """Take whole tensors by name and keep this rank's part; the tensors stay the caller's.
 
@@ -135,6 +145,12 @@ class Program:
             shard = shard.clone() if copy or full else shard
             out[name] = self.comm.gather(shard, value.type) if full else shard
         return out
+
+    def set_shards(self, shards: Mapping[str, Tensor]) -> None:
+        """Take local shards by name; these tensors become the state."""
+        slots = {name: slot for slot, (name, _) in enumerate(self._kept)}
+        for name, shard in shards.items():
+            self.executor.state[slots[name]] = shard
 
     def _own(self, tensor: Tensor, value: Value) -> Tensor:
         shard = self.executor.place(tensor.detach(), value)
