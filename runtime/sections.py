@@ -74,6 +74,8 @@ def cut(function: Function, constants: Collection[str]) -> list[Section]:
     here.update(first.takes, constants)
     for position, value in enumerate(function.results):
         (first if value.name in here else second).results.append(position)
+    replaced = {function.result_attrs[position].get("updates") for position in first.results}
+    second.takes = [name for name in second.takes if name not in replaced]  # the old one is handed
     needed = {v.name for _, op in second.actions if op.name != "free" for v in op.operands}
     needed |= {function.results[position].name for position in second.results}
     known = {value.name for _, op in second.actions for value in op.results}
@@ -85,9 +87,10 @@ def cut(function: Function, constants: Collection[str]) -> list[Section]:
 def after_tangents(function: Function, tangents: set[str]) -> set[int]:
     """Positions of the actions that run after the outputs were handed out.
 
-    They are those behind the last output in program order, and any before it that depend on the
-    tangents. A `free` is among them when one of its values is used by them. Raises RunError W0804
-    where an output depends on a tangent.
+    They are those behind the last output in program order, but for what updates of buffers need
+    that the tangents have no part in, and any before it that depend on the tangents. A `free` is
+    among them when one of its values is used by them. Raises RunError W0804 where an output
+    depends on a tangent.
     """
     outputs = {
         value.name
@@ -107,11 +110,31 @@ def after_tangents(function: Function, tangents: set[str]) -> set[int]:
             "W0804", "an output of the plan depends on the gradients of the outputs",
             reason=", ".join(f"%{name}" for name in sorted(outputs & tainted)),
         )  # fmt: skip
+    late -= _needed_for_updates(function, tainted)
     used = {v.name for i in late for v in (*function.ops[i].operands, *function.ops[i].results)}
     for index, op in enumerate(function.ops):
         if op.name == "free" and any(value.name in used | tainted for value in op.operands):
             late.add(index)
     return late
+
+
+def _needed_for_updates(function: Function, tainted: set[str]) -> set[int]:
+    """Positions of the actions that updates need which do not depend on `tainted` values.
+
+    A buffer is new once the forward is done, whether or not a backward follows.
+    """
+    needed = {
+        value.name
+        for value, attrs in zip(function.results, function.result_attrs, strict=True)
+        if attrs.get("role") == "update" and value.name not in tainted
+    }
+    found = set()
+    for index in reversed(range(len(function.ops))):
+        op = function.ops[index]
+        if op.name != "free" and any(value.name in needed for value in op.results):
+            needed.update(value.name for value in op.operands)
+            found.add(index)
+    return found
 
 
 class Text:

@@ -113,6 +113,41 @@ def test_a_module_with_an_outer_loss_gets_eager_gradients() -> None:
     assert close(ours.norm.running_mean, theirs.norm.running_mean)  # type: ignore[arg-type]
 
 
+class Tracking(nn.Module):
+    """A buffer that the backward needs as it was, and that the forward replaces."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("mean", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        old = self.mean.clone()
+        out: Tensor = self.linear(x) * old * old.sin()
+        self.mean.mul_(0.5).add_(out.detach().mean(0))
+        return out
+
+
+RANDOM = "simplify,outline,random-place[seed={} mesh=1],lower,fuse,schedule"
+
+
+@pytest.mark.parametrize("pipeline", ["", RANDOM.format(1), RANDOM.format(2)])
+def test_buffers_are_new_after_the_forward_and_old_in_the_backward(pipeline: str) -> None:
+    torch.manual_seed(0)
+    ours = Tracking()
+    theirs = deepcopy(ours)
+    compiled = weft.compile(ours, pipeline=pipeline)
+    x = torch.randn(3, 4)
+    for _ in range(2):
+        losses = [model(x).square().sum() for model in (compiled, theirs)]
+        assert close(ours.mean, theirs.mean)
+        for loss in losses:
+            loss.backward()
+    assert close(ours.linear.weight.grad, theirs.linear.weight.grad)  # type: ignore[arg-type]
+
+
 def test_a_module_follows_its_parameters_and_its_mode() -> None:
     ours = net()
     compiled = weft.compile(ours)
