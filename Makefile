@@ -1,6 +1,7 @@
 # make demo   set up, then plan and run a Llama on 4 local processes next to eager PyTorch
 # make test   set up, then run the tests
 # make lint   types, style, direction of imports
+# make bench  every benchmark, in short; fails when a target is missed
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -30,7 +31,8 @@ lint: setup
 	$(BIN)/lint-imports
 
 bench: setup
-	for file in benchmarks/*.py; do $(BIN)/python $$file --quick || exit 1; done
+	status=0; for file in $$(grep -l __main__ benchmarks/*.py); do \
+	  echo $$file; $(BIN)/python $$file --quick || status=1; done; exit $$status
 
 clean:
 	rm -rf $(VENV) out demo-out build dist *.egg-info src/*.egg-info

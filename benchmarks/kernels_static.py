@@ -10,16 +10,14 @@ nothing is timed.
 
 from __future__ import annotations
 
-import argparse
-import json
+import sys
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
+from llama import LLAMAS, Shape, on_meta
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM
+from rows import Row, arguments, finish, show
 
 from weft.codegen.compile import Binary, available, compile_kernel
 from weft.codegen.emit import kernel_functions
@@ -47,17 +45,10 @@ class Kernel:
     binary: Binary | None
 
 
-def block(hidden: int, intermediate: int, heads: int, tokens: int) -> Module:
+def block(shape: Shape, tokens: int) -> Module:
     """The training-level program of a Llama with one block."""
-    config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=1,
-        num_attention_heads=heads, num_key_value_heads=heads, vocab_size=32000,
-        max_position_embeddings=tokens, use_cache=False, attn_implementation="sdpa",
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-        ids = torch.zeros(1, tokens, dtype=torch.long)
-    traced = trace_module_train(model, (), {"input_ids": ids, "labels": ids}, optimizer="adamw")
+    model, inputs = on_meta(shape, 1, tokens, torch.bfloat16)
+    traced = trace_module_train(model, (), inputs, optimizer="adamw")
     return fuse(Simplify().run(traced.module))
 
 
@@ -75,41 +66,37 @@ def kernels_of(module: Module) -> list[Kernel]:
     return sorted(out, key=lambda kernel: -kernel.calls * kernel.source.bytes_moved)
 
 
-def row(
-    name: str, value: float, unit: str, target: float | None = None, reference: str = ""
-) -> dict[str, Any]:
-    """A row of the result: `target` is an upper bound."""
-    holds = None if target is None else bool(value <= target)
-    return {"name": name, "value": value, "unit": unit, "target": target, "reference": reference,
-            "holds": holds}  # fmt: skip
-
-
-def rows_of(kernels: list[Kernel]) -> list[dict[str, Any]]:
-    """The rows of the result."""
+def rows_of_block(kernels: list[Kernel]) -> list[Row]:
+    """Traffic of the whole block."""
     moved = sum(k.calls * k.source.bytes_moved for k in kernels)
     unfused = sum(k.calls * k.source.bytes_unfused for k in kernels)
     reference = f"{unfused / 1e6:.0f} MB when each op is a kernel of its own"
-    rows = [
-        row("block: fused traffic", moved / unfused, "of unfused", MAX_TRAFFIC, reference),
-        row("block: kernels", len(kernels), "kernels"),
+    return [
+        Row("block: fused traffic", moved / unfused, "of unfused", MAX_TRAFFIC, reference),
+        Row("block: kernels", len(kernels), "kernels"),
     ]
+
+
+def rows_of_kernels(kernels: list[Kernel]) -> list[Row]:
+    """Traffic and, where Triton can build them, the needs of each kernel."""
+    rows = []
     for kernel in kernels:
         source, name = kernel.source, kernel.source.name
         ratio = source.bytes_moved / source.bytes_unfused
-        rows.append(row(f"{name}: traffic", ratio, "of unfused", 1.0,
+        rows.append(Row(f"{name}: traffic", ratio, "of unfused", 1.0,
                         f"{source.bytes_unfused / 1e6:.0f} MB unfused"))  # fmt: skip
         if kernel.binary is not None:
             needs = kernel.binary.resources
-            rows.append(row(f"{name}: registers", needs.registers, "a thread", MAX_REGISTERS,
+            rows.append(Row(f"{name}: registers", needs.registers, "a thread", MAX_REGISTERS,
                             "255 at most on sm_90"))  # fmt: skip
             allowed = TRIGONOMETRY if "tl.sin(" in source.text or "tl.cos(" in source.text else 0
-            rows.append(row(f"{name}: stack and spills", needs.spill_bytes, "bytes a thread",
+            rows.append(Row(f"{name}: stack and spills", needs.spill_bytes, "bytes a thread",
                             allowed, TARGET))  # fmt: skip
     return rows
 
 
-def show(kernels: list[Kernel]) -> None:
-    """Print a table for people."""
+def show_kernels(kernels: list[Kernel]) -> None:
+    """Print all kernels for people."""
     table = Table("kernel", "walks", "calls", "MB", "MB unfused", "registers", "spills", "shared")
     for kernel in kernels:
         source, needs = kernel.source, kernel.binary.resources if kernel.binary else None
@@ -122,24 +109,16 @@ def show(kernels: list[Kernel]) -> None:
     Console(width=130).print(table)
 
 
-def main() -> None:
-    """Measure, print, and write JSON."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a small block")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
-    options = parser.parse_args()
-    shape = (512, 1376, 8, 256) if options.quick else (4096, 11008, 32, 2048)
-    kernels = kernels_of(block(*shape))
-    show(kernels)
-    rows = rows_of(kernels)
-    first = rows[0]
-    print(f"{first['name']}: {first['value']:.2f} {first['unit']} ({first['reference']}), "
-          f"target {first['target']}")  # fmt: skip
-    for broken in (r for r in rows if r["holds"] is False):
-        print(f"NOT MET {broken['name']}: {broken['value']} > {broken['target']}")
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+def main() -> int:
+    """Measure, print, write; 1 when a target is missed."""
+    options = arguments(__doc__, "a small block").parse_args()
+    full, small = LLAMAS["7B"]._replace(layers=1), Shape(512, 1376, 1, 8, 8, 32000)
+    kernels = kernels_of(block(small, 256) if options.quick else block(full, 2048))
+    show_kernels(kernels)
+    block_rows, kernel_rows = rows_of_block(kernels), rows_of_kernels(kernels)
+    show([*block_rows, *(row for row in kernel_rows if row.holds is False)])
+    return finish([*block_rows, *kernel_rows], options.json)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

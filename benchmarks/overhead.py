@@ -1,25 +1,22 @@
-"""Time that the executor adds to each action, against the same calls of torch by hand, and the
-time of the static check for many ranks.
+"""Time that the executor adds to each action, against the same calls of torch by hand; time and
+memory of whole train steps, against eager and torch.compile.
 
     python benchmarks/overhead.py [--quick] [--json FILE]
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
+import sys
 import time
 import timeit
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from rows import Row, arguments, finish, show
+from step_rows import step_rows
 from torch import Tensor
 
 from weft.ir.builder import Builder
@@ -28,7 +25,6 @@ from weft.ir.types import B, Mesh, P, Placement, S, TensorType
 from weft.passes.schedule import Schedule
 from weft.runtime.comm import Comm
 from weft.runtime.executor import Executor
-from weft.runtime.schedule_check import check
 
 #: the contract: Python time per action (design.md, issue 1 of 5)
 TARGET_US = 8.0
@@ -99,7 +95,7 @@ def time_us(run: Callable[[], object], repeats: int) -> float:
     return statistics.median(samples)
 
 
-def overhead_rows(repeats: int) -> list[dict[str, Any]]:
+def overhead_rows(repeats: int) -> list[Row]:
     """Microseconds per action that the executor adds to the same ATen calls."""
     module, plain, actions = block(8)
     executor = Executor(module)
@@ -112,9 +108,9 @@ def overhead_rows(repeats: int) -> list[dict[str, Any]]:
     ours = min(time_us(lambda: executor.run([x]), repeats) for _ in range(3))
     added = (ours - direct) / actions
     return [
-        row("executor, added per action", added, "us", TARGET_US, "the same calls of torch"),
-        row("executor, per action in all", ours / actions, "us", None, ""),
-        row("torch alone, per action", direct / actions, "us", None, ""),
+        Row("executor, added per action", added, "us", TARGET_US, "the same calls of torch"),
+        Row("executor, per action in all", ours / actions, "us"),
+        Row("torch alone, per action", direct / actions, "us"),
     ]
 
 
@@ -125,7 +121,7 @@ class _Done:
         """Nothing to wait for."""
 
 
-def transfer_rows(repeats: int) -> list[dict[str, Any]]:
+def transfer_rows(repeats: int) -> list[Row]:
     """Microseconds of Python around a transfer, the transfer itself being replaced by nothing."""
     mesh = Mesh((("x", 2),))
     patches = {
@@ -152,7 +148,7 @@ def transfer_rows(repeats: int) -> list[dict[str, Any]]:
             action = comm.action(Op(name, (a,), (b,), {"axis": "x", **attrs}))
             added = best_us(lambda: action(operand), repeats) - best_us(alone, repeats)
             rows.append(
-                row(f"{name}, Python added", added, "us", TARGET_US, "its tensor ops alone")
+                Row(f"{name}, Python added", added, "us", TARGET_US, "its tensor ops alone")
             )
     return rows
 
@@ -162,46 +158,15 @@ def best_us(run: Callable[[], object], repeats: int) -> float:
     return min(timeit.repeat(run, number=200, repeat=repeats)) / 200 * 1e6
 
 
-def check_rows(ranks: int, collectives: int) -> list[dict[str, Any]]:
-    """Seconds of the static check for many ranks of one program."""
-    mesh = Mesh((("dp", ranks // 100), ("tp", 100)))
-    type = TensorType("f32", (4,), (B, B))
-    ops = tuple(
-        Op("all_reduce", (Value("x", type),), (Value(f"r{i}", type),), {"axis": mesh.names[i % 2]})
-        for i in range(collectives)
-    )
-    function = Function("main", (Value("x", type),), ops, ())
-    start = time.perf_counter()
-    check(dict.fromkeys(range(ranks), function), mesh)
-    took = time.perf_counter() - start
-    name = f"static check, {ranks} ranks of {collectives} collectives"
-    return [row(name, took, "s", 1.0, "a bound")]
-
-
-def row(name: str, value: float, unit: str, target: float | None, reference: str) -> dict[str, Any]:
-    """One line of the result (design.md, section 7); a smaller value is better."""
-    holds = None if target is None else value <= target
-    return {"name": name, "value": round(value, 4), "unit": unit, "target": target,
-            "reference": reference, "holds": holds}  # fmt: skip
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer repetitions")
-    parser.add_argument("--json", type=Path, help="write the rows to a file")
-    options = parser.parse_args()
+def main() -> int:
+    """Measure, print, write; 1 when a target is missed."""
+    options = arguments(__doc__, "fewer repetitions, no torch.compile").parse_args()
     torch.set_num_threads(1)
     rows = overhead_rows(50 if options.quick else 400) + transfer_rows(60)
-    rows += check_rows(10_000, 2000)
-    table = Table("measurement", "value", "target", "holds", "against")
-    for r in rows:
-        target = "" if r["target"] is None else f"<= {r['target']} {r['unit']}"
-        holds = "" if r["holds"] is None else "yes" if r["holds"] else "NO"
-        table.add_row(r["name"], f"{r['value']:.3g} {r['unit']}", target, holds, r["reference"])
-    Console(width=110).print(table)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    rows += step_rows(options.quick)
+    show(rows)
+    return finish(rows, options.json)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -227,14 +228,17 @@ def _untraceable(error: Exception) -> CompileError:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Torch logs failures of shape functions at length; the diagnostic says it once."""
+    """Torch logs failures of shape functions at length; the diagnostic says it once. It also warns
+    of a deprecated class of its own when it copies the structure of inputs."""
     names = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)", FutureWarning)
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
