@@ -154,10 +154,10 @@ class Plan:
     def report(self) -> str:
         """The report page as HTML text."""
         subtitle = f"{self.cluster}, {mesh_text(self.mesh)}, weft {VERSION}"
-        spmd = self.module("spmd")
         return render_report(
-            f"weft plan: {self.target}", subtitle, self._summary(), self.dumps, spmd
-        )
+            f"weft plan: {self.target}", subtitle, self._summary(), self.dumps, self.timeline,
+            self.cluster,
+        )  # fmt: skip
 
     def _info(self, dumps: Sequence[str]) -> dict[str, Any]:
         return {

@@ -1,20 +1,46 @@
-"""report.html: one static page about a plan, for people without weft at hand."""
+"""report.html: one static page about a plan, for people without weft at hand.
+
+Everything is inside the page. The texts of the dumps, and each op's place in them, are gzipped and
+base64-coded; a small script unpacks them when a difference or a history is asked for.
+"""
 
 from __future__ import annotations
 
+import base64
+import gzip
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Any
 
 from jinja2 import Environment
 
+from ..costmodel.cluster import Cluster
 from ..ir.module import Module
+from ..ir.opdef import OPS
 from ..ir.text import print_module
 from ..ir.types import Mesh
-from .describe import collectives, diff, human_bytes, memory_by_role, parameters
+from .describe import (
+    collectives,
+    fallbacks,
+    human_bytes,
+    human_time,
+    matching,
+    memory_by_owner,
+    op_line,
+    parameters,
+    replicated,
+    star,
+)
+from .explain import Explanation
+from .report_svg import memory_svg, timeline_svg
+from .timeline import Timeline
 
-#: a page stays readable, and opens fast, with this many lines of a dump or ranks of a mesh
-_MAX_LINES, _MAX_RANKS, _MAX_ROWS = 1500, 64, 400
+#: a page opens fast with this many rows of a table, ranks of a mesh and explained ops
+_MAX_RANKS, _MAX_ROWS, _MAX_EXPLAINED = 64, 400, 40
+#: packed texts of a page; longer ones are cut, the folder `ir/` has them whole
+_MAX_PACKED_BYTES = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -27,30 +53,64 @@ class Dump:
 
 
 @dataclass(frozen=True)
-class _Shown:
+class Explained:
+    """A row of the table of heavy ops: what one costs, all its repetitions together."""
+
     name: str
-    note: str
-    lines: list[str]
+    where: str
+    count: int
+    split: str
+    cost_us: float
+    runner_up: str
+    more_us: float
 
 
-def _passes(dumps: Sequence[Dump]) -> list[_Shown]:
-    """The first dump whole, every other as what its pass changed (whole at a new level)."""
-    shown = []
-    previous: Dump | None = None
-    for dump in dumps:
-        if previous is not None and previous.module.level == dump.module.level:
-            lines = diff(previous.module, dump.module, (previous.name, dump.name)).splitlines()
-        else:
-            lines = print_module(dump.module).splitlines()
-        if len(lines) > _MAX_LINES:
-            lines = [*lines[:_MAX_LINES], f"... {len(lines) - _MAX_LINES} more lines in ir/"]
-        count = sum(len(f.ops) for f in dump.module.functions)
-        note = (
-            f"{dump.module.level}, {len(dump.module.functions)} functions, {count} ops. {dump.note}"
-        )
-        shown.append(_Shown(dump.name, note, lines))
-        previous = dump
-    return shown
+def heavy_ops(placed: Module, cluster: Cluster) -> list[Explained]:
+    """The contractions of a placed module that cost most, with their runner-up."""
+    explanation = Explanation(placed, cluster)
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for number, op in explanation.matching(""):
+        if OPS[op.name].family == "contraction":
+            types = ", ".join(str(v.type) for v in (*op.operands, *op.results))
+            key = (op.name, star(op.loc.path), str(dict(op.split)), types)
+            groups.setdefault(key, []).append(number)
+    rows = []
+    for (name, path, *_), numbers in list(groups.items())[:_MAX_EXPLAINED]:
+        choice = explanation.op(numbers[0])
+        best, count = choice.runner_up, len(numbers)
+        cost_us = choice.chosen.total_us
+        rows.append(
+            Explained(
+                name, path, count, choice.chosen.text, cost_us * count,
+                best.text if best else "no other is legal",
+                (best.total_us - cost_us) * count if best else 0.0,
+            )
+        )  # fmt: skip
+    return sorted(rows, key=lambda row: -row.cost_us)
+
+
+def _packed(dumps: Sequence[Dump]) -> str:
+    """Texts and histories of the dumps, gzipped, in base64."""
+    texts = [print_module(dump.module) for dump in dumps]
+    limit = max((len(text) for text in texts), default=0)
+    while True:
+        paths: dict[str, int] = {}
+        payload: list[dict[str, Any]] = []
+        for dump, text in zip(dumps, texts, strict=True):
+            cut = "" if len(text) <= limit else "\n// cut: the rest is in the folder ir/"
+            ops = [
+                [paths.setdefault(op.loc.path, len(paths)), op_line(op), str(op.loc)]
+                for _, op in matching(dump.module, "")
+            ][: limit // 50]
+            payload.append({
+                "name": dump.name, "level": dump.module.level, "text": text[:limit] + cut,
+                "ops": ops,
+            })  # fmt: skip
+        body = json.dumps({"paths": list(paths), "dumps": payload}).encode()
+        packed = base64.b64encode(gzip.compress(body, 6, mtime=0)).decode()
+        if len(packed) <= _MAX_PACKED_BYTES or limit < 1000:
+            return packed
+        limit //= 2
 
 
 def render_report(
@@ -58,38 +118,58 @@ def render_report(
     subtitle: str,
     summary: Sequence[tuple[str, str]],
     dumps: Sequence[Dump],
-    spmd: Module,
+    timeline: Timeline,
+    cluster: Cluster,
 ) -> str:
     """The page as text.
 
     Args:
         summary: rows of the first table.
-        dumps: the module after each pass.
-        spmd: the module whose collectives and placements are shown.
+        dumps: the module after each pass; the last ones at placed and spmd level are described.
+        timeline: the predicted step.
+        cluster: prices the alternatives.
     """
+    by_level = {dump.module.level: dump.module for dump in dumps}
+    spmd = by_level["spmd"]
     mesh = spmd.mesh or Mesh()
-    memory = memory_by_role(spmd)
-    largest = max(memory.values(), default=1) or 1
-    environment = Environment(autoescape=True, trim_blocks=True)
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["human"] = human_bytes
-    template = environment.from_string(
-        files("weft.frontend").joinpath("report.html.j2").read_text()
-    )
+    environment.filters["time"] = human_time
+    source = files("weft.frontend").joinpath("report.html.j2").read_text(encoding="utf-8")
     ranks = [
         (rank, ", ".join(f"{n}={c}" for n, c in zip(mesh.names, mesh.coord(rank), strict=True)))
         for rank in range(min(mesh.size, _MAX_RANKS))
     ]
-    return template.render(
+    owners = memory_by_owner(timeline.at_peak)
+    resident = sum(size for kind, _, size in owners if kind != "activations")
+    timeline_picture, tracks = timeline_svg(timeline)
+    counts = [(d, sum(len(f.ops) for f in d.module.functions)) for d in dumps]
+    return environment.from_string(source).render(
         title=title,
         subtitle=subtitle,
         summary=summary,
+        axes=mesh.axes,
         columns=min(mesh.sizes[-1] if mesh.sizes else 1, 16),
         ranks=ranks,
         hidden_ranks=max(0, mesh.size - _MAX_RANKS),
-        memory=[
-            (role, human_bytes(size), round(100 * size / largest)) for role, size in memory.items()
-        ],
+        step=human_time(timeline.step_us),
+        step_us=timeline.step_us,
+        peak=human_bytes(timeline.peak_bytes),
+        exposed=human_time(sum(timeline.exposed_us.values())),
+        sent=human_bytes(sum(row.bytes for row in collectives(spmd))),
+        owners=owners[:_MAX_ROWS],
+        largest=max((size for _, _, size in owners), default=1) or 1,
+        memory_svg=memory_svg(timeline, resident),
+        timeline_svg=timeline_picture,
+        tracks=tracks,
         collectives=collectives(spmd)[:_MAX_ROWS],
+        heavy=heavy_ops(by_level["placed"], cluster) if "placed" in by_level else [],
+        whole=[(op_line(op), str(op.loc)) for op in replicated(spmd)][:_MAX_ROWS],
+        fallbacks=fallbacks(spmd)[:_MAX_ROWS],
         parameters=parameters(spmd)[:_MAX_ROWS],
-        passes=_passes(dumps),
+        hidden_parameters=max(0, len(parameters(spmd)) - _MAX_ROWS),
+        passes=[
+            (d.name, d.module.level, len(d.module.functions), count, d.note) for d, count in counts
+        ],
+        packed=_packed(dumps),
     )
