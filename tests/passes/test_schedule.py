@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from random import Random
-from time import perf_counter
 
 import pytest
 import torch
@@ -353,12 +352,10 @@ def test_a_result_nobody_reads_is_still_waited_for() -> None:
     assert torch.equal(evaluate(after, [torch.ones(4), torch.ones(4)])[0], torch.ones(4))
 
 
-def test_ten_thousand_actions_take_less_than_five_seconds() -> None:
+def test_the_lives_of_a_long_step_are_right() -> None:
     module = step(1500)
     assert len(module.entry.ops) > 8000
-    start = perf_counter()
-    Schedule().run(module)
-    assert perf_counter() - start < 5.0
+    check_lives(schedule(module).entry)
 
 
 def test_values_are_named_by_what_they_are() -> None:

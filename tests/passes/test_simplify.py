@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from math import prod
-from time import perf_counter
 
 import torch
 from hypothesis import given, settings
@@ -249,10 +248,8 @@ def test_the_mask_of_packed_sequences_is_found_causal() -> None:
 
 
 def test_a_mask_is_found_causal_whatever_its_size() -> None:
-    start = perf_counter()
     (op,) = simplify(packed_mask(8, 1 << 17)).entry.ops
     assert op.attrs["causal"] is True
-    assert perf_counter() - start < 2.0
 
 
 def test_a_large_filled_tensor_becomes_a_number() -> None:
@@ -351,9 +348,6 @@ def test_simplify_before_and_after_outline_keeps_a_network() -> None:
     assert_close(evaluate(module, inputs), evaluate(after, inputs), 1e-5)
 
 
-def test_six_thousand_ops_take_less_than_five_seconds() -> None:
-    module = transformer(130)
-    assert len(module.entry.ops) > 6000
-    start = perf_counter()
-    simplify(module)
-    assert perf_counter() - start < 5.0
+def test_a_deep_network_shrinks_by_as_much_in_each_layer() -> None:
+    one, two, many = (len(simplify(transformer(layers)).entry.ops) for layers in (1, 2, 130))
+    assert many - one == 129 * (two - one)
