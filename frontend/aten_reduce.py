@@ -79,6 +79,7 @@ def argmax(c: Lowering, x: Value, dim: int | None = None, keepdim: bool = False)
     if dim is None:
         x = c.reshape(x, [prod(x.type.shape)])
     dims = (0,) if dim is None else (dim % max(len(x.type.shape), 1),)
+    x = c.cast(x, "i8") if x.type.dtype == "bool" else x
     return c.reshape(c.emit("argmax", [x], {"dims": dims, "keepdim": keepdim}), c.out.shape)
 
 
@@ -86,7 +87,8 @@ def argmax(c: Lowering, x: Value, dim: int | None = None, keepdim: bool = False)
 def max_dim(c: Lowering, x: Value, dim: int, keepdim: bool = False) -> tuple[Value, Value]:
     # through the index, so that the gradient goes to one element, as torch's does
     dim = dim % len(x.type.shape)
-    index = c.emit("argmax", [x], {"dims": (dim,), "keepdim": True})
+    ordered = c.cast(x, "i8") if x.type.dtype == "bool" else x
+    index = c.emit("argmax", [ordered], {"dims": (dim,), "keepdim": True})
     value = c.emit("gather", [x, index], {"dim": dim})
     return c.reshape(value, c.outs[0].shape), c.reshape(index, c.outs[1].shape)
 

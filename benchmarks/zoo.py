@@ -1,0 +1,197 @@
+"""Twenty architectures of transformers: are a traced train step and its plans equal to eager?
+
+    python benchmarks/zoo.py [--quick] [--json FILE]
+
+Each model is small (two blocks, width 32), in float32. Measured are the relative error of the
+loss and of the outputs of the forward program, the error of the train step's gradients relative to
+each gradient's largest element (at least 1e-3: smaller ones are rounding), the same error of all
+results of two plans for 4 ranks (a random legal placement and the searched one) run by the multi-rank
+interpreter in float64, the ops that fell back to ATen, and the seconds to trace and differentiate
+the step. The errors' targets are the project's, 1e-5 and 1e-4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.frontend.stepping import Stepper, entry_values
+from tests.frontend.zoo import ALL, build, tensors_of
+
+from weft.frontend.driver import ALL_PASSES
+from weft.frontend.trace import trace_forward
+from weft.frontend.train_step import TracedStep, trace_module_train
+from weft.frontend.verify import random_inputs, widen
+from weft.ir.errors import CompileError
+from weft.passes.apply import apply
+from weft.passes.lower import lower
+from weft.passes.manager import PassManager
+from weft.passes.pipeline import parse_pipeline
+from weft.passes.random_place import parse_mesh, random_choices
+from weft.runtime.interpreter import evaluate
+
+QUICK = ["llama", "bert", "resnet", "mixtral", "mamba"]
+#: a power of two, so that a step of plain gradient descent shows gradients of any size
+RATE = 1024.0
+TARGETS = {"loss": 1e-5, "outputs": 1e-4, "gradients": 1e-4, "random plan": 1e-9,
+           "searched plan": 1e-9}  # fmt: skip
+
+#: four devices so slow that even small work is worth sharing
+SLOW = """
+[[groups]]
+device = "cpu"
+hosts = 1
+devices = 4
+[links.intra]
+bytes_per_s = 1e12
+latency_s = 1e-9
+[device]
+flops_per_s = {f32 = 1e6}
+"""
+
+
+@dataclass
+class Found:
+    """What was measured of one model: errors by name, fallbacks of its train step, seconds."""
+
+    errors: dict[str, float]
+    fallbacks: list[str]
+    trace_s: float
+
+
+def relative(mine: torch.Tensor, theirs: torch.Tensor, least: float = 1e-12) -> float:
+    """The largest difference over the largest element."""
+    gap = (mine.double() - theirs.double()).abs().max().item()
+    return gap / max(theirs.double().abs().max().item(), least)
+
+
+def worst(mine: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> float:
+    """The largest error of several tensors."""
+    return max(relative(a, b, 1e-3) for a, b in zip(mine, theirs, strict=True) if b.numel())
+
+
+def forward_error(name: str) -> float:
+    """The largest error of the forward program's floating-point outputs."""
+    model, inputs = build(name)
+    traced = trace_forward(model, (), inputs)
+    tensors = list(tensors_of(inputs).values())
+    results = evaluate(traced.module, entry_values(traced.module, dict(traced.tensors), tensors))
+    attrs = traced.module.entry.result_attrs
+    mine = traced.outputs.build(
+        [v for v, a in zip(results, attrs, strict=True) if a["role"] == "output"]
+    )
+    theirs = copy.deepcopy(model)(**inputs)
+    return max(relative(mine[key], value) for key, value in theirs.items()
+               if isinstance(value, torch.Tensor) and value.is_floating_point())  # fmt: skip
+
+
+def step_errors(name: str, traced: TracedStep) -> dict[str, float]:
+    """Errors of the loss and of the gradients of one train step."""
+    model, inputs = build(name)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    stepper = Stepper(traced)
+    loss = stepper(list(tensors_of(inputs).values()))
+    expected = model(**inputs).loss
+    expected.backward()
+    gradients = max(
+        relative((before[n] - stepper.state[n]) / RATE, p.grad, 1e-3)
+        for n, p in model.named_parameters() if p.grad is not None
+    )  # fmt: skip
+    return {"loss": relative(loss.detach(), expected.detach()), "gradients": gradients}
+
+
+def plan_errors(name: str, traced: TracedStep, number: int) -> dict[str, float]:
+    """Errors of two plans for 4 ranks against the logical program, in float64."""
+    _, inputs = build(name)
+    given = {k: v.detach() for k, v in {**traced.tensors, **tensors_of(inputs)}.items()}
+    module = widen(traced.module)
+    values = random_inputs(module, given)
+    wanted = evaluate(module, values)
+    mesh = parse_mesh(("4", "2x2")[number % 2])
+    random = lower(apply(module, mesh, random_choices(module, mesh, Random(number))))
+    with tempfile.TemporaryDirectory() as folder:
+        cluster = Path(folder, "slow.toml")
+        cluster.write_text(SLOW)
+        text = f"simplify,place[cluster={json.dumps(str(cluster))} mesh=4],lower"
+        searched = widen(PassManager(parse_pipeline(text, ALL_PASSES)).run(traced.module))
+    return {"random plan": worst(evaluate(random, values), wanted),
+            "searched plan": worst(evaluate(searched, values), wanted)}  # fmt: skip
+
+
+def measure(name: str, number: int) -> Found:
+    """All figures of one model."""
+    model, inputs = build(name)
+    start = time.perf_counter()
+    traced = trace_module_train(model, (), inputs, optimizer="sgd", lr=RATE)
+    targets = [str(op.attrs["target"]) for _, op in traced.module.walk() if op.name == "aten"]
+    seconds = time.perf_counter() - start
+    errors = {**step_errors(name, traced), "outputs": forward_error(name),
+              **plan_errors(name, traced, number)}  # fmt: skip
+    return Found(errors, targets, seconds)
+
+
+def rows_of(name: str, found: Found | None) -> list[dict[str, Any]]:
+    """Rows of a model, as `benchmarks/` writes them; a model that failed has one that fails."""
+    if found is None:
+        return [{"name": f"{name} compiles", "value": 0, "unit": "", "target": 1,
+                 "reference": None, "holds": False}]  # fmt: skip
+    rows: list[dict[str, Any]] = [
+        {"name": f"{name} {what} error", "value": found.errors[what], "unit": "relative",
+         "target": target, "reference": "eager" if "plan" not in what else "logical program",
+         "holds": found.errors[what] <= target} for what, target in TARGETS.items()
+    ]  # fmt: skip
+    rows += [
+        {"name": f"{name} ATen fallbacks", "value": len(found.fallbacks), "unit": "ops",
+         "target": 0, "reference": None, "holds": not found.fallbacks},
+        {"name": f"{name} trace", "value": round(found.trace_s, 2), "unit": "s", "target": None,
+         "reference": None, "holds": True},
+    ]  # fmt: skip
+    return rows
+
+
+def main() -> int:
+    """Measure, print a table, write rows; 1 when a target is missed."""
+    parser = argparse.ArgumentParser(description="equality of small models with eager PyTorch")
+    parser.add_argument("--quick", action="store_true", help="five models")
+    parser.add_argument("--json", type=Path, help="write the rows there")
+    parser.add_argument("--only", help="one model, by name")
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    rows: list[dict[str, Any]] = []
+    print(f"{'model':9}" + "".join(f"{what:>14}" for what in TARGETS) + f"{'trace s':>9}  fallbacks")
+    for number, name in enumerate(ALL):
+        if options.only not in (None, name) or (options.quick and name not in QUICK):
+            continue
+        try:
+            found = measure(name, number)
+        except CompileError as error:
+            rows += rows_of(name, None)
+            print(f"{name:9}  {error.code}: {error.message}", flush=True)
+            continue
+        rows += rows_of(name, found)
+        figures = "".join(f"{found.errors[what]:14.1e}" for what in TARGETS)
+        print(f"{name:9}{figures}{found.trace_s:9.1f}  "
+              f"{len(found.fallbacks)} {' '.join(sorted(set(found.fallbacks)))}", flush=True)  # fmt: skip
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0 if all(row["holds"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
