@@ -180,9 +180,12 @@ def damaged(path: Path, reason: str) -> RunError:
 # -- data files ---------------------------------------------------------------------------------
 
 
-def data_header(shards: Sequence[tuple[str, str, tuple[int, ...], tuple[int, ...]]]) -> bytes:
+def data_header(
+    shards: Sequence[tuple[str, str, tuple[int, ...], tuple[int, ...]]],
+    metadata: dict[str, str] | None = None,
+) -> bytes:
     """safetensors' header for shards (name, dtype, offsets, sizes), which follow it in order."""
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     position = 0
     for name, dtype, offsets, sizes in shards:
         size = prod(sizes) * DTYPES[dtype]

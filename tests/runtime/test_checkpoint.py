@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from weft.ir.errors import RunError
@@ -28,6 +29,7 @@ from weft.runtime.checkpoint_lock import FolderLock
 from weft.runtime.checkpoint_plan import Layout, ShardLoadPlanner, ShardSavePlanner
 from weft.runtime.checkpoint_storage import Reader, Writer
 from weft.runtime.context import TORCH_DTYPES
+from weft.runtime.hf_weights import load_pretrained, save_pretrained
 from weft.runtime.program import Program
 from weft.runtime.shards import gather, scatter
 
@@ -394,3 +396,45 @@ def test_a_plan_without_optimizer_takes_the_weights_alone(tmp_path: Path) -> Non
     second = Program(parse_module(forward))
     assert Checkpoints(second).load(tmp_path) == 5
     assert same(second.state_dict()["w"], first.state_dict()["w"])
+
+
+def test_parameters_go_through_hugging_faces_files(tmp_path: Path) -> None:
+    first, second = program(), program(1)
+    for folder, size in ((tmp_path / "one", 1 << 30), (tmp_path / "many", 100)):
+        save_pretrained(first, folder, file_bytes=size)
+        before = second.state_dict()
+        load_pretrained(second, folder)
+        assert same(second.state_dict()["w"], first.state_dict()["w"])
+        assert same(second.state_dict()["exp_avg/w"], before["exp_avg/w"])  # not a parameter
+        assert not (folder / ".writing-pretrained").exists()
+    names = sorted(path.name for path in (tmp_path / "many").iterdir())
+    assert names == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+                     "model.safetensors.index.json"]  # fmt: skip
+    found = load_file(tmp_path / "one" / "model.safetensors")
+    assert set(found) == {"w", "b"}
+
+
+def test_files_of_another_model_are_refused_with_the_difference(tmp_path: Path) -> None:
+    mine = program()
+    save_file({"w": torch.ones(5, 7), "other": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(RunError, match=r"w: f32\[5, 6\] in the plan, f32\[5, 7\] in the file") as caught:
+        load_pretrained(mine, tmp_path)
+    assert caught.value.code == "W1102" and "other" in str(caught.value)
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 40)
+    with pytest.raises(RunError) as caught:
+        load_pretrained(mine, tmp_path)
+    assert caught.value.code == "W1103"
+    with pytest.raises(RunError) as caught:
+        load_pretrained(mine, tmp_path / "nothing")
+    assert caught.value.code == "W1101"
+
+
+def test_a_full_disk_leaves_the_model_files_that_were_there(tmp_path: Path) -> None:
+    first = program()
+    save_pretrained(first, tmp_path)
+    good = (tmp_path / "model.safetensors").read_bytes()
+    with files_of_at_most(150), pytest.raises(RunError) as caught:
+        save_pretrained(program(1), tmp_path)
+    assert caught.value.code == "W1105"
+    assert (tmp_path / "model.safetensors").read_bytes() == good
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
