@@ -16,10 +16,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..ir.errors import CompileError
 from ..runtime.artifact import FORMAT, PLAN, content_hash, file_hash, plan_hash
+
+
+def check_target(target: Path) -> None:
+    """Raise CompileError W1001 where an artifact cannot go, before any work is spent on it."""
+    if target.exists() and not target.is_dir():
+        raise CompileError(
+            "W1001", f"{target} exists and is not a folder", hint="choose another -o"
+        )
+    if target.is_dir() and any(target.iterdir()) and not (target / PLAN).is_file():
+        raise CompileError(
+            "W1001",
+            f"{target} exists and is not an artifact; it would be overwritten",
+            hint="choose another -o, or remove the folder",
+        )
+    nearest = next(p for p in target.absolute().parents if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise _unwritable(target, f"{nearest} is not a folder that can be written")
+
+
+def _unwritable(target: Path, why: object) -> CompileError:
+    return CompileError(
+        "W1001", f"the artifact {target} cannot be written; nothing was left behind",
+        reason=str(why), hint="choose another -o, with space for the model's weights",
+    )  # fmt: skip
 
 
 class ArtifactWriter:
@@ -30,28 +55,21 @@ class ArtifactWriter:
 
     def __init__(self, target: str | Path) -> None:
         self.target = Path(target)
-        if self.target.exists() and not self.target.is_dir():
-            raise CompileError(
-                "W1001", f"{target} exists and is not a folder", hint="choose another -o"
-            )
-        if (
-            self.target.is_dir()
-            and any(self.target.iterdir())
-            and not (self.target / PLAN).is_file()
-        ):
-            raise CompileError(
-                "W1001",
-                f"{target} exists and is not an artifact; it would be overwritten",
-                hint="choose another -o, or remove the folder",
-            )
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        self.folder = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.", dir=self.target.parent))
+        check_target(self.target)
+        try:
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            prefix = f".{self.target.name}."
+            self.folder = Path(tempfile.mkdtemp(prefix=prefix, dir=self.target.parent))
+        except OSError as error:
+            raise _unwritable(self.target, error) from error
 
     def __enter__(self) -> ArtifactWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, frames: object) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise _unwritable(self.target, error) from error
 
     def text(self, name: str, text: str) -> None:
         """Write a text file."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from weft.frontend.artifact import ArtifactWriter
+from weft.frontend.artifact import ArtifactWriter, check_target
 from weft.ir.errors import CompileError, RunError
 from weft.ir.module import Function, Module
 from weft.ir.text import print_module
@@ -89,3 +91,26 @@ def test_a_folder_of_something_else_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("keep")
     with pytest.raises(CompileError, match="is not an artifact"):
         ArtifactWriter(tmp_path)
+
+
+def test_a_full_disk_is_told_and_leaves_the_old_artifact(tmp_path: Path) -> None:
+    folder = write(tmp_path / "out")
+    for error in (OSError(28, "No space left on device"), SafetensorError("I/O error")):
+        with pytest.raises(CompileError, match="cannot be written") as caught:
+            with ArtifactWriter(folder) as writer:
+                writer.text("ir/00-trace.weft", "half")
+                raise error
+        assert str(error) in str(caught.value)
+        assert Artifact.open(folder).module().entry.name == "main"
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_place_that_takes_no_folder_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(CompileError, match="file is not a folder that can be written"):
+        check_target(tmp_path / "file" / "out")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # read-only
+    with pytest.raises(CompileError, match="cannot be written"):
+        check_target(tmp_path / "new" / "out")
