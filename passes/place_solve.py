@@ -112,23 +112,22 @@ class _Search:
             self.core_variables = len(network.unary)
         if not network.feasible():
             return
-        if not network.unary:
-            self.offer(network, {})
-            return
-        if self._eliminate(network):
+        if self._solved(network):
             return
         self._squeeze(network)
-        if self.closed(network):
-            return
-        if not network.unary:
-            self.offer(network, {})
-            return
-        if self._eliminate(network):
+        if self.closed(network) or self._solved(network):
             return
         if time.perf_counter() > self.deadline:
             self.bound = min(self.bound, lower_bound(network))
             return
         self._branch(network)
+
+    def _solved(self, network: Network) -> bool:
+        """Is nothing left, or little enough for elimination? Then the part is done."""
+        if not network.unary:
+            self.offer(network, {})
+            return True
+        return self._eliminate(network)
 
     def _squeeze(self, network: Network) -> None:
         """Bounds, candidates and exclusions until they change nothing."""

@@ -107,11 +107,12 @@ def _identity(op: Op, scope: Scope) -> Result:
 
 
 @_rule("reshape-of-reshape", "only the last shape counts", "reshape")
-def _reshapes(op: Op, scope: Scope) -> Result:
-    inner = _source(op, scope, "reshape")
+@_rule("expand-of-expand", "only the last shape counts", "expand")
+def _last_shape(op: Op, scope: Scope) -> Result:
+    inner = _source(op, scope, op.name)
     if inner is None:
         return None
-    return scope.emit(op, "reshape", inner.operands, op.results[0].type)
+    return scope.emit(op, op.name, inner.operands, op.results[0].type)
 
 
 @_rule("permute-of-permute", "one permutation instead of two", "permute")
@@ -131,14 +132,6 @@ def _unit_permute(op: Op, scope: Scope) -> Result:
     x = op.operands[0]
     moved = [d for d in _attrs(op)["dims"] if x.type.shape[d] != 1]
     return scope.emit(op, "reshape", [x], op.results[0].type) if moved == sorted(moved) else None
-
-
-@_rule("expand-of-expand", "only the last shape counts", "expand")
-def _expands(op: Op, scope: Scope) -> Result:
-    inner = _source(op, scope, "expand")
-    if inner is None:
-        return None
-    return scope.emit(op, "expand", inner.operands, op.results[0].type)
 
 
 @_rule("expand-without-copies", "an expand that only adds dims of size 1 is a reshape", "expand")

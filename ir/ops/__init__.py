@@ -1,7 +1,7 @@
 """The op table. Importing this package fills `OPS`; one module per group of families."""
 
 from ..opdef import OPS
-from . import (  # noqa: F401  # noqa: F401
+from . import (  # noqa: F401
     attention,
     collective,
     contraction,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from ..module import Attr
@@ -65,27 +65,38 @@ define(name="expand", family="movement", doc="repeat dims of size 1, and new lea
        ref=lambda c, x: x.expand(c.shape()))  # fmt: skip
 
 
+def aligned(
+    ins: Sequence[Shape],
+    outs: Sequence[Shape],
+    touched: Set[int],
+    linear: tuple[tuple[int, ...], ...],
+) -> Signature:
+    """All tensors side by side: dim d is the same in each, but for the touched dims, which are
+    whole, and whose size may differ between tensors. Raises SignatureError."""
+    rank = len(outs[0])
+    dims: dict[str, Dim] = {}
+    maps = []
+    for index, shape in enumerate((*ins, *outs)):
+        if len(shape) != rank:
+            raise SignatureError(f"ranks differ: {len(shape)} and {rank}")
+        row = []
+        for d, size in enumerate(shape):
+            name = f"w{index}_{d}" if d in touched else f"a{d}"
+            known = dims.setdefault(name, Dim(name, size, whole=d in touched))
+            if known.size != size:
+                raise SignatureError(f"dim {d} is {known.size} in one tensor, {size} in another")
+            row.append((name,))
+        maps.append(tuple(row))
+    return maps_signature(dims, maps[: len(ins)], maps[len(ins) :], linear)
+
+
 def resized(linear: tuple[tuple[int, ...], ...] = ((0,),)) -> Any:
     """Signature where a dim that changes its size is whole and every other dim is kept."""
 
     def signature(ins: Sequence[Shape], outs: Sequence[Shape], attrs: Attrs) -> Signature:
-        rank = len(outs[0])
-        touched = _touched(attrs, rank)
-        dims: dict[str, Dim] = {}
-        maps = []
-        for index, shape in enumerate((*ins, *outs)):
-            if len(shape) != rank:
-                raise SignatureError(f"ranks differ: {len(shape)} and {rank}")
-            row = []
-            for d, size in enumerate(shape):
-                name = f"w{index}_{d}" if d in touched else f"a{d}"
-                known = dims.setdefault(name, Dim(name, size, whole=d in touched))
-                if known.size != size:
-                    raise SignatureError(f"dim {d} is {known.size} in one tensor, {size} in another")
-                row.append((name,))
-            maps.append(tuple(row))
+        touched = _touched(attrs, len(outs[0]))
         group = tuple(range(len(ins))) if linear and linear[0] == (-1,) else None
-        return maps_signature(dims, maps[: len(ins)], maps[len(ins) :], (group,) if group else linear)
+        return aligned(ins, outs, touched, (group,) if group else linear)
 
     return signature
 

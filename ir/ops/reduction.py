@@ -9,6 +9,7 @@ from ..module import Attr, Op
 from ..opdef import AttrSpec, define, maps_signature
 from ..signature import Dim, Shape, Signature, SignatureError
 from ..types import TensorType
+from .movement import aligned
 
 
 def _reduced_shape(shape: Shape, attrs: Mapping[str, Attr]) -> Shape:
@@ -113,21 +114,7 @@ def along(linear: tuple[tuple[int, ...], ...] = ()) -> Callable[..., Signature]:
         rank = len(ins[0])
         if not 0 <= dim < max(rank, 1):
             raise SignatureError(f"dim {dim} is not in 0..{rank - 1}")
-        dims: dict[str, Dim] = {}
-        maps = []
-        for index, shape in enumerate((*ins, *outs)):
-            if len(shape) != rank:
-                raise SignatureError(f"ranks differ: {len(shape)} and {rank}")
-            row = []
-            for d, size in enumerate(shape):
-                # the length of `dim` may differ between tensors, so each has its own whole dim
-                name = f"a{d}" if d != dim else f"w{index}"
-                known = dims.setdefault(name, Dim(name, size, whole=d == dim))
-                if known.size != size:
-                    raise SignatureError(f"dim {d} is {known.size} in one tensor, {size} in another")
-                row.append((name,))
-            maps.append(tuple(row))
-        return maps_signature(dims, maps[: len(ins)], maps[len(ins) :], linear)
+        return aligned(ins, outs, {dim}, linear)
 
     return signature
 
