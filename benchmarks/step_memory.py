@@ -1,7 +1,7 @@
 """Peak memory of one train step, as the allocator sees it; a process of its own for each figure.
 
     python benchmarks/step_memory.py NAME eager|weft     # prints JSON, in bytes
-    torchrun --nproc-per-node N benchmarks/step_memory.py NAME FOLDER   # of a saved plan
+    torchrun --nproc-per-node N benchmarks/step_memory.py FOLDER   # of a saved plan for Llama
 
 `live` is what tensors hold between steps, `rise` the most that a step allocates on top of it,
 `resident` the growth of the resident set from before the model was made to its peak.
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from train_steps import STEPS, runner
+from train_steps import SHARDED_ROWS, runner, token_ids
 
 
 def live_bytes() -> int:
@@ -45,17 +45,17 @@ def rise_bytes(run: Callable[[], object]) -> int:
     return peak
 
 
-def measure_rank(name: str, folder: Path) -> dict[str, int]:
+def measure_rank(folder: Path) -> dict[str, int]:
     """The figures of this rank of a saved plan."""
     import weft
 
     torch.set_num_threads(1)
-    _, _, batch = STEPS[name][0]()
+    ids = token_ids(SHARDED_ROWS)
     executable = weft.load(folder)
     executable.load_weights()
 
     def run() -> object:
-        return executable.step(*batch, lr=1e-3, seed=0)
+        return executable.step(ids, lr=1e-3, seed=0)
 
     for _ in range(3):
         run()
@@ -96,7 +96,7 @@ def in_child(name: str, side: str) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    if sys.argv[2] in ("eager", "weft"):
+    if len(sys.argv) > 2:
         print(json.dumps(measure(sys.argv[1], sys.argv[2])))
     else:
-        measure_rank(sys.argv[1], Path(sys.argv[2]))
+        measure_rank(Path(sys.argv[1]))

@@ -21,7 +21,7 @@ import torch
 from rows import Row
 from step_memory import in_child, rise_bytes
 from torch import Tensor
-from train_steps import STEPS, runner
+from train_steps import SHARDED_ROWS, STEPS, runner, token_ids
 
 import weft
 
@@ -29,7 +29,7 @@ import weft
 TIME_RATIO, MEMORY_RATIO, SHARDED_RATIO = 1.05, 1.05, 1.10
 RANKS = 4
 #: bytes of a device of the sharded plan, too few for whole states, so the search shards them all
-SMALL_DEVICE_BYTES = 3e7
+SMALL_DEVICE_BYTES = 9e7
 
 
 def _compiled_model(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -95,36 +95,36 @@ def memory_rows(name: str) -> list[Row]:
     ]  # fmt: skip
 
 
-def sharded_rows(name: str) -> list[Row]:
-    """Peak bytes of tensors on a rank whose parameters and states are all sharded."""
-    make, step = STEPS[name]
-    model, optimizer, batch = make()
+def sharded_rows() -> list[Row]:
+    """Peak bytes of tensors on a rank of Llama with the batch and all states sharded (ZeRO-3)."""
+    make, step = STEPS["llama"]
+    model, optimizer, _ = make()
+    ids = token_ids(SHARDED_ROWS)
     with tempfile.TemporaryDirectory() as folder:
         cluster, out = Path(folder, "small.toml"), Path(folder, "plan")
         cluster.write_text(
             f'[[groups]]\ndevice = "cpu"\nhosts = 1\ndevices = {RANKS}\n'
             f"[device]\nmemory_bytes = {SMALL_DEVICE_BYTES}\n"
         )
-        weft.plan(step, (model, optimizer, *batch), cluster=str(cluster), mesh=str(RANKS)).save(out)
+        weft.plan(step, (model, optimizer, ids), cluster=str(cluster), mesh=str(RANKS)).save(out)
         child = str(Path(__file__).with_name("step_memory.py"))
         subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone",
-             f"--nproc-per-node={RANKS}", child, name, str(out)],
+             f"--nproc-per-node={RANKS}", child, str(out)],
             check=True, capture_output=True,
         )  # fmt: skip
         ranks = [json.loads((out / f"memory{rank}.json").read_text()) for rank in range(RANKS)]
-    step(model, optimizer, *batch)
     states = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
-    activations = rise_bytes(lambda: model(input_ids=batch[0], labels=batch[0]).loss)
-    bound = (states + activations) / RANKS
+    local = ids[: SHARDED_ROWS // RANKS]
+    activations = rise_bytes(lambda: model(input_ids=local, labels=local).loss)
     peak = max(rank["live"] + rank["rise"] for rank in ranks)
-    mean = sum(rank["live"] + rank["rise"] for rank in ranks) / RANKS
-    what = "states / 4 + activations of eager's forward / 4"
+    held = max(rank["live"] for rank in ranks)
+    name = f"llama, {RANKS} ranks"
     return [
-        Row(f"{name} states on a rank of {RANKS} over all / {RANKS}",
-            max(rank["live"] for rank in ranks) * RANKS / states, "", SHARDED_RATIO, "all sharded"),
-        Row(f"{name} peak memory of a rank, sharded states", peak / bound, "", SHARDED_RATIO, what),
-        Row(f"{name} the same, mean of the ranks", mean / bound, "", None, what),
+        Row(f"{name}, states on a rank over all / {RANKS}", held * RANKS / states, "",
+            SHARDED_RATIO, "all sharded"),
+        Row(f"{name}, peak memory of a rank", peak / (states / RANKS + activations), "",
+            SHARDED_RATIO, f"states / {RANKS} + eager's forward on a rank's rows"),
     ]  # fmt: skip
 
 
@@ -133,4 +133,4 @@ def step_rows(quick: bool) -> list[Row]:
     rows: list[Row] = []
     for name in STEPS:
         rows += time_rows(name, 5 if quick else 15, not quick) + memory_rows(name)
-    return rows + sharded_rows("llama")
+    return rows + sharded_rows()

@@ -17,6 +17,8 @@ from transformers import (
 )
 
 VOCABULARY, ROWS, LENGTH = 256, 8, 128
+#: rows of the batch of a sharded plan: enough that splitting the batch is faster than the weights
+SHARDED_ROWS = 32
 #: (model, optimizer, batch): what a train step takes
 State = tuple[torch.nn.Module, torch.optim.Optimizer, tuple[Tensor, ...]]
 
@@ -46,8 +48,9 @@ def _optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 
-def _ids() -> Tensor:
-    return torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+def token_ids(rows: int = ROWS) -> Tensor:
+    """A batch of text."""
+    return torch.randint(0, VOCABULARY, (rows, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
 def llama() -> State:
@@ -58,7 +61,7 @@ def llama() -> State:
         num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=512,
         use_cache=False, attn_implementation="sdpa",
     ))  # fmt: skip
-    return model, _optimizer(model), (_ids(),)
+    return model, _optimizer(model), (token_ids(),)
 
 
 def gpt2() -> State:
@@ -69,7 +72,7 @@ def gpt2() -> State:
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
         attn_implementation="sdpa",
     ))  # fmt: skip
-    return model, _optimizer(model), (_ids(),)
+    return model, _optimizer(model), (token_ids(),)
 
 
 def resnet() -> State:
