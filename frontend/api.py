@@ -11,13 +11,16 @@ from torch import Tensor
 from ..ir.errors import CompileError
 from .driver import Program, Progress, plan_program
 from .load_target import Target, is_train_step
+from .logs import configure
 from .options import OPTIONS, Options
 from .plan import Plan
 from .structure import flatten
 from .trace import trace_forward
+from .tracebacks import shows_users_frames
 from .train_step import TracedStep, trace_module_train, trace_train_step
 
 
+@shows_users_frames
 def plan(
     model: Any,
     example_inputs: Sequence[Any] | Mapping[str, Any] = (),
@@ -61,6 +64,7 @@ def plan_target(
     hyper: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Trace and plan a target. See `plan`."""
+    configure(options.logs)
     progress = Progress(options.progress)
     try:
         progress("trace")

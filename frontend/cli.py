@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -24,6 +25,7 @@ from .api import plan_target
 from .doctor import diagnose
 from .driver import ALL_PASSES
 from .load_target import load_target
+from .logs import configure
 from .options import OPTIONS
 from .run import Saving, run_artifact
 from .verify import TOLERANCE, verify_dumps
@@ -46,13 +48,16 @@ def _diagnosed(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def fail(error: WeftError) -> NoReturn:
-    """Print a diagnostic on standard error and exit."""
+    """Print a diagnostic on standard error, with all frames if they are asked for, and exit."""
+    if OPTIONS.full_tracebacks:
+        traceback.print_exception(error)
     Console(stderr=True, highlight=False).print(error.render(), markup=False, soft_wrap=True)
     sys.exit(2)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="weft")
+@_diagnosed
 def main() -> None:
     """Weave a one-device PyTorch program across a cluster.
 
@@ -60,6 +65,7 @@ def main() -> None:
     weft compile pkg.mod:factory --cluster 2x8:h100 --train adamw -o out/
     weft run out/         weft inspect out/         weft verify out/
     """
+    configure(OPTIONS.logs)
 
 
 @main.command("compile")

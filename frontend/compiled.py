@@ -24,10 +24,12 @@ from ..runtime.program import Program as Running
 from .api import named_inputs, step_program
 from .driver import Program, Progress, plan_program
 from .load_target import is_train_step
+from .logs import configure
 from .options import OPTIONS, Options
 from .plan import Plan
 from .structure import Structure, flatten
 from .trace import trace_forward
+from .tracebacks import shows_users_frames
 from .train_step import trace_joint, trace_train_step
 from .world import join_world, world_cluster
 
@@ -161,6 +163,7 @@ class TrainStep:
         self._owner: tuple[torch.nn.Module, torch.optim.Optimizer] | None = None
         self._current: Entry | None = None
 
+    @shows_users_frames
     def __call__(
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *batch: Any, **kwargs: Any
     ) -> Any:
@@ -288,6 +291,7 @@ class CompiledModule(torch.nn.Module):
         self.module, self.compiler = module, compiler
         self._last: Entry | None = None
 
+    @shows_users_frames
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the plan on whole inputs."""
         tensors, _, _ = flatten((args, kwargs))
@@ -366,6 +370,7 @@ class CompiledFunction:
         self.step: TrainStep | None = None
         self._last: Entry | None = None
 
+    @shows_users_frames
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the plan on whole inputs."""
         if is_train_step(self.function, args):
@@ -447,6 +452,7 @@ def compile(target: Any = None, *, cluster: str = "", mesh: str = "", **options:
     if target is None:
         return functools.partial(compile, cluster=cluster, mesh=mesh, **options)
     chosen = OPTIONS.with_(options)
+    configure(chosen.logs)
 
     def compiler() -> Compiler:
         return Compiler(cluster or chosen.cluster, mesh, chosen)

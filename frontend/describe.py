@@ -186,9 +186,13 @@ def replicated(module: Module) -> list[Op]:
 
 
 def matching(module: Module, path: str) -> Iterator[tuple[Function, Op]]:
-    """Ops whose module path or name contains `path`, those of called functions at each call."""
-    for function, op in inline(module, keep=lambda _: False).walk():
-        if op.name == "free":
+    """Ops whose module path or name contains `path`, those of called functions at each call.
+
+    Kernel functions, which stand for no one place, are their calls; an op's name finds them too.
+    """
+    flat = inline(module)
+    for function, op in flat.walk():
+        if op.name == "free" or (function is not flat.entry and path != op.name):
             continue
         if path in op.loc.path or path == op.name or any(path == v.name for v in op.results):
             yield function, op
@@ -199,7 +203,8 @@ def op_line(op: Op) -> str:
     split = ", ".join(f"{axis}={dim}" for axis, dim in op.split.items())
     results = ", ".join(f"%{v.name}: {v.type}" for v in op.results)
     operands = ", ".join(f"%{v.name}" for v in op.operands)
-    return f"{results} = {op.name}({operands})" + (f" split [{split}]" if split else "")
+    name = f"call @{op.attrs['callee']}" if op.name == "call" else op.name
+    return f"{results} = {name}({operands})" + (f" split [{split}]" if split else "")
 
 
 def diff(before: Module, after: Module, names: tuple[str, str]) -> str:

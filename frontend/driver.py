@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from .differentiate import Differentiate
 from .options import Options
 from .plan import Plan
 from .report import Dump
+
+log = logging.getLogger("weft.trace")
 
 #: what takes longer shows that it is alive
 _PATIENCE_S = 2.0
@@ -102,6 +105,10 @@ def plan_program(
     Raises CompileError.
     """
     parsed = parse_cluster(cluster)  # a typo is told before the work begins
+    log.info(
+        "%s: %d ops, %d parameters and inputs, %s", program.target, len(program.module.entry.ops),
+        len(program.module.entry.params), program.kind,
+    )  # fmt: skip
     text = options.pipeline or default_pipeline(program.kind, cluster, mesh)
     manager = PassManager(
         parse_pipeline(text, ALL_PASSES),

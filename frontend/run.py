@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from ..runtime.artifact import Artifact
 from ..runtime.executable import Executable, world_mismatch
 from ..runtime.launch import launch
 from .describe import human_bytes
+
+log = logging.getLogger("weft.run")
 
 
 def under_torchrun() -> bool:
@@ -67,6 +70,7 @@ def run_artifact(
         arguments += ["--seed", str(seed)]
         arguments += [] if lr is None else ["--lr", str(lr)]
         arguments += [] if trace is None else ["--trace", str(trace)]
+        log.info("starting %d ranks of %s", ranks, artifact.path)
         launch(arguments + saving.flags(), ranks)
         return
     if under_torchrun() and int(os.environ["WORLD_SIZE"]) != ranks:
@@ -84,6 +88,7 @@ def _run(
     console: Console,
     saving: Saving,
 ) -> None:
+    log.info("rank %d of %s", exe.rank, exe.artifact.info["mesh"])
     inputs = exe.example_inputs()
     roles = [str(a.get("role", "")) for a in exe.artifact.module().entry.param_attrs]
     if "input" in roles and not inputs:
@@ -100,6 +105,7 @@ def _run(
                 results = exe.step(*inputs, lr=lr, seed=seed + step)
         else:
             results = exe.step(*inputs, lr=lr, seed=seed + step)
+        log.debug("rank %d: step %d done", exe.rank, step)
         if exe.rank == 0:
             shown = ", ".join(
                 f"{float(r):.6f}" if r.numel() == 1 else f"{list(r.shape)}" for r in results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
@@ -19,6 +20,8 @@ from ..ir.text import print_module
 from ..ir.verify import excerpt, user_span, verify
 from .base import Pass
 from .pipeline import print_pass, print_pipeline
+
+log = logging.getLogger("weft.passes")
 
 #: what a bug in a pass raises; diagnostics for users pass through, as do interrupts and a full disk
 _BUGS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, SignatureError,
@@ -89,6 +92,7 @@ class PassManager:
             verify(module)
         self.stages = []
         self._keep(Stage("input", "", module))
+        log.debug("pipeline: %s", print_pipeline(self.passes))
         for index, item in enumerate(self.passes):
             if self.progress is not None:
                 self.progress(index, len(self.passes), item)
@@ -96,6 +100,11 @@ class PassManager:
             module = self._run_one(item, module)
             seconds = time.perf_counter() - started
             self._keep(Stage(item.name, print_pass(item), module, seconds))
+            log.getChild(item.name).info(
+                "%d of %d: %.3f s, %s, %d functions, %d ops", index + 1, len(self.passes), seconds,
+                module.level, len(module.functions),
+                sum(len(function.ops) for function in module.functions),
+            )  # fmt: skip
             if item.name in self.print_after:
                 print(f"// after {print_pass(item)}\n{print_module(module)}", file=sys.stderr)
         return module

@@ -18,6 +18,7 @@ al., Alpa, 2022 (the same costs as an integer program); OneFlow's solver (reduct
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from .base import Pass
 from .place_model import Near, PlacementModel
 from .place_solve import Solution, solve
 from .price import Price, price
+
+log = logging.getLogger("weft.place")
 
 #: share of a device's memory that a plan may fill: allocator slack and communication buffers
 #: take the rest (CUDA context and NCCL take 1 to 3 GB of 80)
@@ -311,6 +314,12 @@ class Place(Pass):
             )  # fmt: skip
         cluster = parse_cluster(text)
         result = search(module, cluster, self._candidates(cluster), limit_s=self.limit_s)
+        for number, report in enumerate(result.report):
+            log.info("%s: %s", "chosen" if number == 0 else "also tried", report)
+        if log.isEnabledFor(logging.DEBUG):
+            for function, op in result.placed.walk():
+                split = ", ".join(f"{axis}={dim}" for axis, dim in op.split.items())
+                log.debug("@%s %s at %s: %s", function.name, op.name, op.loc, split or "whole")
         return result.placed.with_(attrs={**module.attrs, "cluster": text})
 
     def _candidates(self, cluster: Cluster) -> list[Mesh] | None:
