@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -52,7 +51,7 @@ _ENTRIES = (
 _DATA_DEPENDENT = (
     GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException,
 )  # fmt: skip
-_TRACING = (UnsupportedFakeTensorException, UnsupportedOperatorException, TorchDynamoException)
+_TRACING = (UnsupportedFakeTensorException, UnsupportedOperatorException)
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -197,8 +196,9 @@ class diagnosed:
 
 
 def _is_torch_bug(error: Exception) -> bool:
-    module = type(error).__module__
-    return module.startswith(("torch._export", "torch._dynamo", "torch._functorch"))
+    # by name: importing torch._dynamo takes longer than all of weft
+    inside = ("torch._export", "torch._dynamo", "torch._functorch")
+    return any(cls.__module__.startswith(inside) for cls in type(error).__mro__)
 
 
 def _first_line(error: Exception) -> str:
