@@ -17,11 +17,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..ir.errors import CompileError
 from ..runtime.comm import Comm
 from ..runtime.program import Program as Running
 from .api import named_inputs, step_program
+from .device_mesh import mesh_option, use_mesh
 from .driver import Program, Progress, plan_program
 from .load_target import is_train_step
 from .logs import configure
@@ -87,7 +89,7 @@ class Entry:
 class Compiler:
     """Plans and keeps plans; shared by all kinds of compiled programs."""
 
-    def __init__(self, cluster: str, mesh: str, options: Options) -> None:
+    def __init__(self, cluster: str, mesh: str | DeviceMesh, options: Options) -> None:
         self.cluster, self.mesh, self.options = cluster, mesh, options
         self.entries: dict[Key, Entry] = {}
         self._last: Key | None = None
@@ -107,9 +109,10 @@ class Compiler:
     def _make(self, program: Program, outputs: Structure) -> Entry:
         world = join_world()
         cluster = self.cluster or world_cluster(world)
+        mesh = mesh_option(self.mesh)
         progress = Progress(self.options.progress and world.rank == 0)
         try:
-            plan = plan_program(program, cluster, self.mesh, self.options, progress)
+            plan = plan_program(program, cluster, mesh, self.options, progress)
         finally:
             progress.stop()
         module = plan.module("schedule")
@@ -120,7 +123,8 @@ class Compiler:
                 hint=f"torchrun --nproc-per-node {plan.mesh.size}, or leave `cluster` out; "
                 "weft.plan() plans for clusters that are not there",
             )
-        running = Running(module, Comm(plan.mesh), world.device)
+        comm = use_mesh(Comm(plan.mesh), self.mesh)
+        running = Running(module, comm, world.device, check_finite=self.options.trace_nan)
         entry = module.entry
         roles = [(str(a.get("role", "")), str(a.get("name", ""))) for a in entry.param_attrs]
         results = [(str(a.get("role", "")), a) for a in entry.result_attrs]
@@ -213,11 +217,15 @@ class TrainStep:
             if shard.data_ptr() != tensor.data_ptr():
                 tensor.data = shard
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """All state by the user's names (`exp_avg/NAME` for the optimizer's); all ranks call."""
+    def state_dict(self, *, dtensor: bool = False) -> dict[str, Tensor]:
+        """All state by the user's names (`exp_avg/NAME` for the optimizer's); all ranks call.
+
+        Args:
+            dtensor: DTensors on the plan's mesh instead of whole tensors.
+        """
         if self._current is None:
             raise CompileError("W0304", "the compiled step has no state before its first call")
-        return self._current.running.state_dict()
+        return self._current.running.state_dict(dtensor=dtensor)
 
     def sync(self) -> None:
         """Write parameters, buffers and optimizer states back into model and optimizer."""
@@ -392,9 +400,9 @@ class CompiledFunction:
         tensors = named_inputs_in_order(args, kwargs)
         return entry.outputs.build(entry.running.step(*tensors, seed=self.compiler.seed()))
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self, *, dtensor: bool = False) -> dict[str, Tensor]:
         """State of a train step; see `TrainStep.state_dict`."""
-        return self._train_step().state_dict()
+        return self._train_step().state_dict(dtensor=dtensor)
 
     def sync(self) -> None:
         """Write a train step's state back; see `TrainStep.sync`."""
@@ -436,7 +444,9 @@ def _plain_view(instance: torch.nn.Module, cls: type[torch.nn.Module]) -> torch.
     return plain
 
 
-def compile(target: Any = None, *, cluster: str = "", mesh: str = "", **options: Any) -> Any:
+def compile(
+    target: Any = None, *, cluster: str = "", mesh: str | DeviceMesh = "", **options: Any
+) -> Any:
     """Compile a module class, a module, a function, or a train step `(model, optimizer, *batch)`.
 
     Use it as a decorator, with or without arguments, or call it. Nothing happens before the first
@@ -444,7 +454,8 @@ def compile(target: Any = None, *, cluster: str = "", mesh: str = "", **options:
 
     Args:
         cluster: shorthand or TOML path; by default torchrun's world, or this one device.
-        mesh: axis sizes such as `2x2`; all default meshes are tried without it.
+        mesh: axis sizes such as `2x2`, or a DeviceMesh, whose names, sizes and process groups are
+            used; all default meshes are tried without it.
         options: fields of `Options`.
 
     Raises CompileError, now for unknown options and at the first call for the program.

@@ -45,7 +45,7 @@ def default_pipeline(kind: str, cluster: str, mesh: str = "") -> str:
         "forward": "simplify,outline",
         "joint": "simplify",
     }[kind]
-    place = f"place[cluster={json.dumps(cluster)}{f' mesh={mesh}' if mesh else ''}]"
+    place = f"place[cluster={json.dumps(cluster)}{f' mesh={json.dumps(mesh)}' if mesh else ''}]"
     return f"{first},{place},lower,fuse,schedule"
 
 

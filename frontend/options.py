@@ -31,7 +31,7 @@ class Options:
         pipeline: text of the pass pipeline; empty means the default.
         verify_each: check the module's rules after every pass.
         cache: folder for things that can be rebuilt.
-        logs: names of what to log (`WEFT_LOGS=trace,place`).
+        logs: names of what to log (`WEFT_LOGS=trace,place`); `nan` checks every action.
         progress: show progress on anything that takes over two seconds.
         full_tracebacks: show weft's own frames in tracebacks (`WEFT_TRACEBACKS=full`).
     """
@@ -43,6 +43,11 @@ class Options:
     logs: tuple[str, ...] = ()
     progress: bool = True
     full_tracebacks: bool = False
+
+    @property
+    def trace_nan(self) -> bool:
+        """Are NaN and Inf to be traced to the action that made them (`WEFT_LOGS=nan`)?"""
+        return any(name.lstrip("+") == "nan" for name in self.logs)
 
     @staticmethod
     def from_environment(environ: Mapping[str, str]) -> Options:

@@ -15,6 +15,7 @@ from ..runtime.artifact import Artifact
 from ..runtime.executable import Executable, world_mismatch
 from ..runtime.launch import launch
 from .describe import human_bytes
+from .options import OPTIONS
 
 log = logging.getLogger("weft.run")
 
@@ -75,7 +76,7 @@ def run_artifact(
         return
     if under_torchrun() and int(os.environ["WORLD_SIZE"]) != ranks:
         raise world_mismatch(artifact.path, ranks, int(os.environ["WORLD_SIZE"]))
-    with Executable(artifact) as exe:
+    with Executable(artifact, check_finite=OPTIONS.trace_nan) as exe:
         _run(exe, steps, lr, seed, trace, console, saving)
 
 

@@ -292,7 +292,8 @@ class Place(Pass):
 
     Options:
         cluster: shorthand or TOML path; the module's attribute `cluster` by default.
-        mesh: axis sizes as `2x2`, the only candidate; all default meshes by default.
+        mesh: axis sizes as `2x2`, or with names `dp=2,tp=2`, the only candidate; all default
+            meshes by default.
         limit_s: time limit of the search on one mesh.
     """
 
@@ -325,6 +326,8 @@ class Place(Pass):
     def _candidates(self, cluster: Cluster) -> list[Mesh] | None:
         if not self.mesh:
             return None
+        if "=" in self.mesh:
+            return [self._named(cluster)]
         wanted = tuple(int(part) if part.isdigit() else 0 for part in self.mesh.split("x"))
         for mesh in meshes(cluster):
             if mesh.sizes == wanted:
@@ -336,3 +339,15 @@ class Place(Pass):
             )  # fmt: skip
         axes = tuple((f"axis{i}", size) for i, size in enumerate(wanted) if size > 1)
         return [Mesh(axes, cluster.groups[0].kind)]
+
+    def _named(self, cluster: Cluster) -> Mesh:
+        """The mesh of axes with names, `dp=2,tp=2`; axes of one rank are left out."""
+        pairs = [part.partition("=") for part in self.mesh.split(",")]
+        bad = [name for name, _, size in pairs if not (name and size.isdigit() and int(size))]
+        axes = [] if bad else [(name.strip(), int(size)) for name, _, size in pairs]
+        if bad or prod(size for _, size in axes) != cluster.ranks:
+            raise CompileError(
+                "W0501", f"the mesh {self.mesh!r} does not have the {cluster.ranks} ranks of "
+                f"{cluster}", hint="write names and sizes of its axes, for example dp=2,tp=2",
+            )  # fmt: skip
+        return Mesh(tuple((n, s) for n, s in axes if s > 1), cluster.groups[0].kind)

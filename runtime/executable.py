@@ -37,7 +37,9 @@ class Executable:
     Raises RunError W0801 when the world does not fit the plan.
     """
 
-    def __init__(self, artifact: Artifact, *, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self, artifact: Artifact, *, timeout_s: float = TIMEOUT_S, check_finite: bool = False
+    ) -> None:
         self.artifact = artifact
         module = artifact.module()
         mesh = module.mesh or Mesh()
@@ -50,7 +52,8 @@ class Executable:
             on_gpu = world.device.type == "cuda"
             kernels = load_kernels(artifact.path / "kernels") if on_gpu else None
             self.program = Program(
-                module, comm, world.device, kernels=kernels, timeout_s=timeout_s
+                module, comm, world.device, kernels=kernels, timeout_s=timeout_s,
+                check_finite=check_finite,
             )
             self.checkpoints = stack.enter_context(Checkpoints(self.program))
             self._exit = stack.pop_all()
@@ -122,9 +125,16 @@ def world_mismatch(path: Path, needed: int, present: int) -> RunError:
     )
 
 
-def load(path: str | Path, *, timeout_s: float = TIMEOUT_S) -> Executable:
-    """Open an artifact on this rank. Raises RunError W0701, W0702, W0801."""
-    return Executable(Artifact.open(path), timeout_s=timeout_s)
+def load(
+    path: str | Path, *, timeout_s: float = TIMEOUT_S, check_finite: bool = False
+) -> Executable:
+    """Open an artifact on this rank. Raises RunError W0701, W0702, W0801.
+
+    Args:
+        timeout_s: how long a collective may wait for the other ranks.
+        check_finite: trace NaN and Inf to the action that made them; slow.
+    """
+    return Executable(Artifact.open(path), timeout_s=timeout_s, check_finite=check_finite)
 
 
 __all__ = ["Executable", "load", "world_mismatch"]

@@ -42,6 +42,7 @@ class Executor:
         comm: this rank's communication; made from torch.distributed by default.
         device: where this rank's tensors live.
         kernels: compiled kernels by name; kernel functions without one run their body.
+        check_finite: trace NaN and Inf to the action that made them; slow.
 
     Attributes:
         state: the local shards of the entry parameters with the roles param, buffer and state, in
@@ -59,6 +60,7 @@ class Executor:
         comm: Comm | None = None,
         device: torch.device | str = "cpu",
         kernels: Mapping[str, Kernel] | None = None,
+        check_finite: bool = False,
     ) -> None:
         if module.level != "schedule":
             raise RunError(
@@ -71,7 +73,7 @@ class Executor:
         self.comm = comm or Comm(self.mesh, rank)
         self.rank = self.comm.rank if rank is None else rank
         self.device = torch.device(device)
-        self.wrapper = Wrapper(module, self.comm, self.device, kernels)
+        self.wrapper = Wrapper(module, self.comm, self.device, kernels, check_finite)
         self.fed: list[Value] = []  # entry parameters that each step is given
         self.kept: list[Value] = []  # entry parameters that live here
         for value in self.function.params:

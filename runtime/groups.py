@@ -67,6 +67,7 @@ class Groups:
         self._groups = {name: self._new_group(name) for name in mesh.names}
         self.nccl = self.distributed and dist.get_backend() == "nccl"
         self.watch = watch()
+        self.device_mesh: Any = None  # a DeviceMesh, once one is asked for or given
 
     def _new_group(self, axis: str) -> Any:
         """The process group along an axis; None where the axis has one rank.
@@ -126,6 +127,11 @@ class Groups:
 
 
 _GROUPS: dict[tuple[tuple[int, ...], float], tuple[Any, Any]] = {}
+
+
+def adopt_group(ranks: tuple[int, ...], group: Any, timeout_s: float = TIMEOUT_S) -> None:
+    """Use a process group that the user made for these ranks, instead of making one."""
+    _GROUPS[ranks, timeout_s] = (dist.group.WORLD, group)
 
 
 def check_world(mesh: Mesh, stages: int = 1) -> None:

@@ -27,6 +27,7 @@ from ..ir.module import Function, Module, Value
 from ..ir.types import Mesh, TensorType
 from .comm import TIMEOUT_S, Comm
 from .context import TORCH_DTYPES
+from .dtensors import to_dtensor
 from .executor import Executor
 from .heap import trim
 from .schedule_check import check
@@ -59,6 +60,7 @@ class Program:
         device: where this rank's tensors live.
         kernels: compiled kernels by name.
         timeout_s: how long a collective may wait for the other ranks.
+        check_finite: trace NaN and Inf to the action that made them; slow.
 
     Raises RunError W0801 when the world does not fit the plan, W0802 when the ranks' schedules
     do not agree, W0804 when the module is not at the schedule level.
@@ -72,10 +74,13 @@ class Program:
         *,
         kernels: Mapping[str, Kernel] | None = None,
         timeout_s: float = TIMEOUT_S,
+        check_finite: bool = False,
     ) -> None:
         self.comm = comm or Comm(module.mesh or Mesh(), timeout_s=timeout_s)
         same_plan(module, self.comm)
-        self.executor = Executor(module, comm=self.comm, device=device, kernels=kernels)
+        self.executor = Executor(
+            module, comm=self.comm, device=device, kernels=kernels, check_finite=check_finite
+        )
         self._trace: Trace | None = None
         self._idle_bytes = self.executor.planned_bytes() // 10
         names = _names(module.entry)
@@ -133,16 +138,23 @@ class Program:
             _fits(tensor, value.type, f"state {name!r}")
             self.executor.state[slot] = self._own(tensor, value)
 
-    def state_dict(self, full: bool = True, copy: bool = True) -> dict[str, Tensor]:
+    def state_dict(
+        self, full: bool = True, copy: bool = True, *, dtensor: bool = False
+    ) -> dict[str, Tensor]:
         """All state by name: whole tensors (all ranks must call), or local shards.
 
         Args:
+            dtensor: DTensors on the plan's mesh instead (all ranks must call), with the plan's
+                placements; with `copy` they do not share memory with the state.
             copy: without it local shards share memory with the state.
         """
-        out = {}
+        out: dict[str, Tensor] = {}
         for slot, (name, value) in enumerate(self._kept):
             shard = self.executor.state[slot]
-            shard = shard.clone() if copy or full else shard
+            shard = shard.clone() if copy or (full and not dtensor) else shard
+            if dtensor:
+                out[name] = to_dtensor(shard, value.type, self.comm)
+                continue
             out[name] = self.comm.gather(shard, value.type) if full else shard
         return out
 
@@ -272,6 +284,12 @@ def _fits(tensor: Tensor, type: TensorType, what: str) -> None:
         raise RunError(
             "W0804", f"{what}: expected {expected}, got {tensor.__class__.__name__}",
             hint="pass a torch.Tensor",
+        )  # fmt: skip
+    if tensor.is_meta:
+        raise RunError(
+            "W0804", f"{what}: a tensor on device meta has no data",
+            reason="weft.plan() takes such tensors, running takes real ones",
+            hint="make it on a real device; tensors of other real devices are copied",
         )  # fmt: skip
     if tensor.dtype != TORCH_DTYPES[type.dtype] or tuple(tensor.shape) != type.shape:
         got = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ir.module import Module, Op, Value
+from ..ir.module import Function, Module, Op, Value
 from ..ir.ops import OPS
 from ..ir.ops.optimizer import OVERWRITES
 from ..ir.types import DTYPES, local_shape
 from .comm import COMMUNICATION, Comm
 from .context import OpContext, results_of
+from .finite import FiniteCheck
 from .lifetimes import PERSISTENT, alias_roots, last_readers
 from .reuse import into_operand, reusable
 from .sections import Run, Section, Text, cut
@@ -49,6 +50,7 @@ class Wrapper:
         device: where the rank's tensors live.
         kernels: compiled kernels by name, `launch(*operands) -> results`; a kernel function that is
             not among them runs its body.
+        check_finite: look for NaN and Inf after each action (`finite.py`).
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Wrapper:
         comm: Comm,
         device: torch.device,
         kernels: Mapping[str, Kernel] | None = None,
+        check_finite: bool = False,
     ) -> None:
         self.module, self.comm, self.device = module, comm, device
         self.function = module.entry
@@ -82,6 +85,10 @@ class Wrapper:
         self._last = last_readers(self.function)
         self.constants: dict[str, Tensor] = {}
         self._hoist()
+        self.finite: FiniteCheck | None = None
+        if check_finite:
+            self.finite = FiniteCheck(self.function, comm, self.constants, self._body)
+            self.globals |= {"BEGIN": self.finite.begin, "AFTER": self.finite.after}
         self._reused = reusable(self.function, tuple(self.constants))
         self.sections = cut(self.function, self.constants)
         for section in self.sections:
@@ -154,9 +161,14 @@ class Wrapper:
         for number, name in enumerate(section.received):
             text.add(f"    {self.names[name]} = L[{number}]")
         text.add("    L.clear()")
+        if self.finite is not None:
+            taken = ", ".join(self.names[name] for name in section.takes)
+            text.add(f"    BEGIN({section is self.sections[0]}, {section.takes!r}, [{taken}])")
         known = {self.names[name] for name in (*section.takes, *section.received)}
         for index, op, line in self._statements(section.actions, known):
             text.add(f"    {line}", op)
+            if self.finite is not None and op.name != "free" and not op.attrs.get("inplace"):
+                self._look(text, op)
             if traced and op.name != "free":
                 handle = self._name(op.results[0]) if op.attrs.get("async") else "None"
                 text.add(f"    T({index}, {handle})")
@@ -164,6 +176,21 @@ class Wrapper:
         if not traced:
             section.source = text.text()
         return text.function(self.globals, "step")
+
+    def _look(self, text: Text, op: Op) -> None:
+        """Look for NaN and Inf in an action's results; those of a transfer come with its wait."""
+        if op.attrs.get("async") or not op.results:
+            return
+        assert self.finite is not None
+        kept = op.operands if op.name == "call" else ()  # others may have lost their memory
+        operands = ", ".join(self._name(value) for value in kept)
+        results = ", ".join(self._name(value) for value in op.results)
+        text.add(f"    AFTER({self.finite.number(op)}, [{operands}], [{results}])", op)
+
+    def _body(self, call: Op) -> tuple[Function, list[Callable[..., Any]]]:
+        """The body of a kernel function, and what runs each of its ops."""
+        function = self.module.function(str(call.attrs["callee"]))
+        return function, [self._semantics(op) for op in function.ops]
 
     def _returns(self, section: Section, text: Text) -> None:
         """New values of the state, then `return results, handed`."""
@@ -219,6 +246,12 @@ class Wrapper:
                 position += len(group) + len(frees) - 1
                 yield index, op, self._update(group)
                 for update in group:
+                    if self.finite is not None:
+                        made = ", ".join(
+                            self.names[self.storage[result.name]] for result in update.results
+                        )
+                        number = self.finite.number(update)
+                        yield index, update, f"AFTER({number}, [], [{made}])"
                     for result in update.results:
                         if result.name in read:
                             old, new = self.storage[result.name], self._name(result)
