@@ -12,21 +12,19 @@ the step. The errors' targets are the project's, 1e-5 and 1e-4.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import logging
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import torch
+from rows import Row, arguments, finish, timed
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -136,44 +134,38 @@ def plan_errors(name: str, traced: TracedStep, number: int) -> dict[str, float]:
 def measure(name: str, number: int) -> Found:
     """All figures of one model."""
     model, inputs = build(name)
-    start = time.perf_counter()
-    traced = trace_module_train(model, (), inputs, optimizer="sgd", lr=RATE)
+    seconds, traced = timed(
+        lambda: trace_module_train(model, (), inputs, optimizer="sgd", lr=RATE)
+    )
     targets = [str(op.attrs["target"]) for _, op in traced.module.walk() if op.name == "aten"]
-    seconds = time.perf_counter() - start
     errors = {**step_errors(name, traced), "outputs": forward_error(name),
               **plan_errors(name, traced, number)}  # fmt: skip
     return Found(errors, targets, seconds)
 
 
-def rows_of(name: str, found: Found | None) -> list[dict[str, Any]]:
-    """Rows of a model, as `benchmarks/` writes them; a model that failed has one that fails."""
+def rows_of(name: str, found: Found | None) -> list[Row]:
+    """Rows of a model; a model that is not compiled has one that fails."""
     if found is None:
-        return [{"name": f"{name} compiles", "value": 0, "unit": "", "target": 1,
-                 "reference": None, "holds": False}]  # fmt: skip
-    rows: list[dict[str, Any]] = [
-        {"name": f"{name} {what} error", "value": found.errors[what], "unit": "relative",
-         "target": target, "reference": "eager" if "plan" not in what else "logical program",
-         "holds": found.errors[what] <= target} for what, target in TARGETS.items()
+        return [Row(f"{name}: models not compiled", 1, "", 0)]
+    references = {"random plan": "logical program", "searched plan": "logical program"}
+    rows = [
+        Row(f"{name} {what} error", found.errors[what], "relative", target,
+            references.get(what, "eager"))
+        for what, target in TARGETS.items()
     ]  # fmt: skip
-    rows += [
-        {"name": f"{name} ATen fallbacks", "value": len(found.fallbacks), "unit": "ops",
-         "target": 0, "reference": None, "holds": not found.fallbacks},
-        {"name": f"{name} trace", "value": round(found.trace_s, 2), "unit": "s", "target": None,
-         "reference": None, "holds": True},
-    ]  # fmt: skip
-    return rows
+    fallbacks = " ".join(sorted(set(found.fallbacks)))
+    rows.append(Row(f"{name} ATen fallbacks", len(found.fallbacks), "ops", 0, fallbacks))
+    return [*rows, Row(f"{name} trace", found.trace_s, "s")]
 
 
 def main() -> int:
-    """Measure, print a table, write rows; 1 when a target is missed."""
-    parser = argparse.ArgumentParser(description="equality of small models with eager PyTorch")
-    parser.add_argument("--quick", action="store_true", help="five models")
-    parser.add_argument("--json", type=Path, help="write the rows there")
+    """Measure, print, write; 1 when a target is missed."""
+    parser = arguments(__doc__, "five models")
     parser.add_argument("--only", help="one model, by name")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     print(f"{'model':9}" + "".join(f"{what:>14}" for what in TARGETS) + f"{'trace s':>9}  fallbacks")
     for number, name in enumerate(ALL):
         if options.only not in (None, name) or (options.quick and name not in QUICK):
@@ -188,9 +180,7 @@ def main() -> int:
         figures = "".join(f"{found.errors[what]:14.1e}" for what in TARGETS)
         print(f"{name:9}{figures}{found.trace_s:9.1f}  "
               f"{len(found.fallbacks)} {' '.join(sorted(set(found.fallbacks)))}", flush=True)  # fmt: skip
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
-    return 0 if all(row["holds"] for row in rows) else 1
+    return finish(rows, options.json)
 
 
 if __name__ == "__main__":
