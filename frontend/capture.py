@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.export import ExportedProgram, default_decompositions, export
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.proxy import TracerBase
 from torch.overrides import TorchFunctionMode
@@ -93,6 +93,7 @@ def capture(root: torch.nn.Module, tensors: Sequence[Tensor]) -> ExportedProgram
         program: ExportedProgram = export(root, tuple(tensors), strict=False)
     with diagnosed():
         _mark_stops(program.graph_module)
+        _run_by_node(program.graph_module)
         decomposed: ExportedProgram = program.run_decompositions(dict(decompositions()))
     return decomposed
 
@@ -166,6 +167,14 @@ def _mark_stops(module: GraphModule) -> None:
                     stopped.meta = dict(user.meta)
                     user.replace_all_uses_with(stopped, lambda n, s=stopped: n is not s)
         inner.recompile()
+
+
+def _run_by_node(module: GraphModule) -> None:
+    """Let the bodies of regions (autocast, no_grad) run node by node while they are decomposed:
+    run as a whole, their ops would have the place of the region, not their own."""
+    for inner in module.modules():
+        if isinstance(inner, GraphModule) and inner is not module:
+            inner.forward = Interpreter(inner).run
 
 
 class diagnosed:
