@@ -37,9 +37,9 @@ def _compiled_model(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
     compiled: dict[int, Any] = {}
 
     def run(model: torch.nn.Module, *rest: Any) -> Tensor:
-        inner = compiled.setdefault(id(model), None) or torch.compile(model)
-        compiled[id(model)] = inner
-        return step(inner, *rest)
+        if id(model) not in compiled:
+            compiled[id(model)] = torch.compile(model)
+        return step(compiled[id(model)], *rest)
 
     return run
 

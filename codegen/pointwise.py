@@ -199,7 +199,7 @@ POINTWISE: dict[str, Rule] = {
     "silu_backward": _one(silu_backward),
     "tanh_backward": _one(lambda g, dy, y: dy * (1.0 - y * y)),
     "sigmoid_backward": _one(lambda g, dy, y: dy * y * (1.0 - y)),
-    "relu_backward": _one(lambda g, dy, y: g.where(y > 0, dy, 0.0)),
+    "relu_backward": _one(lambda g, dy, y: g.where(y <= 0, 0.0, dy)),  # as ATen where y is NaN
 }  # fmt: skip
 
 

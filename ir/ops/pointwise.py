@@ -111,5 +111,5 @@ binary("tanh_backward", "gradient of tanh from its result: (dy, y) -> dy * (1 - 
 binary("sigmoid_backward", "gradient of sigmoid from its result: (dy, y) -> dy * y * (1 - y)",
        lambda c, dy, y: c.torch.ops.aten.sigmoid_backward(dy, y), linear=((0,),),
        flops_per_point=3)  # fmt: skip
-binary("relu_backward", "gradient of relu from its result or operand: dy where y > 0, else 0",
+binary("relu_backward", "gradient of relu from its result or operand: 0 where y <= 0, else dy",
        lambda c, dy, y: c.torch.ops.aten.threshold_backward(dy, y, 0), linear=((0,),))  # fmt: skip
