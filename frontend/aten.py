@@ -24,6 +24,7 @@ from ..ir.ops import OPS
 from ..ir.types import FLOATS, TensorType
 from ..ir.verify import user_span
 from ..runtime.context import WEFT_DTYPES, tensor_type
+from .complex_pair import Pair, is_complex, lower_complex, part_types
 from .locate import node_location
 
 log = logging.getLogger("weft.trace")
@@ -208,6 +209,8 @@ class Lowering:
             return None, None  # the next effect's token, and no result
         if target.startswith(_CHECKS):
             return None
+        if is_complex(node.meta.get("val")) or any(map(_has_pair, (*args, *kwargs.values()))):
+            return self._complex_node(node, target, args, kwargs)
         self.outs = self._types(node)
         self.users = frozenset(
             int(user.args[1]) for user in node.users if user.target is operator.getitem  # type: ignore[arg-type]
@@ -224,6 +227,27 @@ class Lowering:
                 self._seen_ops = min(self._seen_ops, mark)
                 log.info("%s: %s", target, reason)
         return self._opaque_op(node, target, args, kwargs)
+
+    def _complex_node(
+        self, node: Node, target: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        def real(*xs: Any, **named: Any) -> Any:
+            self.outs = part_types(node.meta["val"])
+            if target not in TABLE:
+                raise Unsupported(f"{target} has no entry")
+            return TABLE[target](self, *xs, **named)
+
+        try:
+            result = lower_complex(self, real, target, args, kwargs)
+        except Unsupported:
+            result = None
+        if result is None:
+            raise CompileError(
+                "W0302", f"{target} of complex numbers is not supported", span=_span(self.loc),
+                reason=f"it gives {_dtypes(node.meta['val'])}, and weft has no rule for it",
+                hint="write it with the real and imaginary parts (torch.view_as_real)",
+            )  # fmt: skip
+        return result
 
     def _types(self, node: Node) -> tuple[TensorType, ...]:
         value = node.meta.get("val")
@@ -279,6 +303,16 @@ class Lowering:
             results = iter(self.many("aten", operands, _opaque_attrs(target, text), types))
             return tuple(next(results) if is_made else None for is_made in made)
         return self.emit("aten", operands, _opaque_attrs(target, text), self.out)
+
+
+def _dtypes(value: Any) -> str:
+    items = value if isinstance(value, (tuple, list)) else (value,)
+    return ", ".join(str(item.dtype) for item in items if isinstance(item, torch.Tensor))
+
+
+def _has_pair(item: Any) -> bool:
+    """Is an argument a complex value, or a list with one?"""
+    return isinstance(item, Pair) or (isinstance(item, (list, tuple)) and any(map(_has_pair, item)))
 
 
 def _opaque_attrs(target: str, text: Mapping[str, Any]) -> dict[str, Attr]:

@@ -55,8 +55,8 @@ def user_frames(stack: traceback.StackSummary) -> traceback.StackSummary:
     """The frames of the program that is being traced, outermost first."""
     kept: list[traceback.FrameSummary] = []
     for frame in reversed(stack):
-        if frame.filename == f"{_OWN}capture.py":
-            continue  # its function mode stands between the user's call and torch
+        if frame.filename in (f"{_OWN}capture.py", f"{_OWN}own_gradients.py"):
+            continue  # what they put in place of torch's functions stands between the user's call and torch
         if frame.filename.startswith(_OWN):
             break  # further out is whoever called the tracing
         if not is_internal(frame.filename):

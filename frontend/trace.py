@@ -22,6 +22,7 @@ from ..ir.types import TensorType
 from ..runtime.context import tensor_type
 from .aten import Lowering
 from .capture import RefuseReads, capture
+from .complex_pair import Pair, is_complex, split
 from .structure import Structure, flatten
 
 #: constants with at most this many elements are written out in the program
@@ -193,11 +194,16 @@ def lower_program(
             if name not in params:
                 tensor = program.state_dict.get(str(spec.target))
                 tensor = program.constants[str(spec.target)] if tensor is None else tensor
+                if is_complex(tensor):  # its parts in a last dim, in the same memory
+                    tensor = torch.view_as_real(tensor.detach())
                 state[name] = tensor
-                params[name] = builder.param(_type(node), name, role=role, name=name)
-            env[node] = params[name]
+                params[name] = builder.param(tensor_type(tensor), name, role=role, name=name)
+            complex = is_complex(node.meta["val"])
+            env[node] = split(lowering, params[name]) if complex else params[name]
         elif spec.kind is InputKind.USER_INPUT:
             name = next(inputs)
+            if is_complex(node.meta["val"]):
+                raise _complex(name, "give its parts, and call torch.view_as_complex")
             env[node] = builder.param(_type(node), name, role="input", name=name)
             given[node.name] = name
         else:
@@ -217,6 +223,8 @@ def _constant(
     """A tensor that the program made outside of tracing: written out when small."""
     if not isinstance(tensor, Tensor):
         return None  # tokens and the like
+    if is_complex(tensor):
+        raise _complex("a constant", "make it a buffer of the module (register_buffer)")
     type = _type(node)
     if type.numel <= LITERAL_ELEMENTS and not tensor.is_meta:
         values = tuple(tensor.detach().reshape(-1).tolist())
@@ -238,9 +246,11 @@ def _finish(
     attrs: list[dict[str, Attr]] = []
     updates: dict[str, Value] = {}
     for value, spec in zip(outputs, program.graph_signature.output_specs, strict=True):
-        if spec.kind is OutputKind.BUFFER_MUTATION:
+        if spec.kind is OutputKind.BUFFER_MUTATION and not isinstance(value, Pair):
             name = names[str(spec.target)]
             updates[name] = c.cast(value, types[name].dtype)
+        elif isinstance(value, Pair):
+            raise _complex("an output", "return torch.view_as_real of it")
         elif spec.kind is OutputKind.USER_OUTPUT:
             results.append(value)
             attrs.append({"role": "output"})
@@ -253,6 +263,11 @@ def _finish(
     results += updates.values()
     attrs += [{"role": "update", "updates": name} for name in updates]
     return c.builder.function("main", results, attrs)
+
+
+def _complex(what: str, hint: str) -> CompileError:
+    return CompileError("W0302", f"{what} is a complex tensor", hint=hint,
+                        reason="inside of a program complex numbers are pairs of real ones")  # fmt: skip
 
 
 def drop_stops(function: Function, active: frozenset[str] = frozenset()) -> Function:

@@ -28,6 +28,7 @@ from .capture import capture
 from .differentiate import Differentiate
 from .joint import joint, prepare, settle
 from .optimizers import Update, add_updates, make, states_of, updates_of
+from .own_gradients import refuse_own_gradients
 from .structure import Structure, flatten
 from .trace import Root, distinct, drop_stops, lower_program, name_inputs
 
@@ -219,7 +220,8 @@ def trace_train_step(
     trained = {exported: name for exported, name in root.state_names().items()
                if name in updates and name not in frozen}  # fmt: skip
     recorder.append(_Recorder(root, optimizer, trained))
-    exported = capture(root, distinct(tensors))
+    with refuse_own_gradients(model):
+        exported = capture(root, distinct(tensors))
     stepped = recorder[0].stepped or []
     entry, state, losses = lower_program(exported, root, names)
     entry = _mark(entry, stepped, losses)
@@ -329,7 +331,9 @@ def trace_joint(
     names = [name.partition(".")[2] for name in name_inputs(module, args, kwargs)]
     tensors, _, inputs = flatten((tuple(args), kwargs))
     root = Root(module, {"": module}, inputs)
-    entry, state, _ = lower_program(capture(root, distinct(tensors)), root, names)
+    with refuse_own_gradients(module):
+        exported = capture(root, distinct(tensors))
+    entry, state, _ = lower_program(exported, root, names)
     wanted = {name for name, p in module.named_parameters() if p.requires_grad}
     wanted |= {name for name, t in zip(names, tensors, strict=True) if t.requires_grad}
     wrt = frozenset(

@@ -48,7 +48,10 @@ def traced_vjp(
         fakes = [_fake(value.type) for value in (*operands, *given)]
     try:
         with mode:
-            graph = make_fx(backward, decomposition_table=dict(decompositions()))(*fakes).graph
+            # autograd's formulas write in place; the second trace makes them functional
+            flat = make_fx(backward)(*fakes)
+            functional = torch.func.functionalize(flat, remove="mutations")
+            graph = make_fx(functional, decomposition_table=dict(decompositions()))(*fakes).graph
     except (RuntimeError, NotImplementedError) as error:
         raise CompileError(
             "W0302", f"{op.attrs.get('target', op.name)} has no gradient", reason=str(error),
