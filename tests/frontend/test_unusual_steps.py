@@ -150,8 +150,9 @@ def sentences() -> tuple[Tensor, Tensor]:
 def decayed(model: nn.Module) -> Optimizer:
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
-    return AdamW([{"params": matrices, "weight_decay": 0.1},
-                  {"params": vectors, "weight_decay": 0.0, "lr": 3e-3}], lr=1e-3, eps=1e-3)  # a key's bias has a gradient of rounding only
+    groups = [{"params": matrices, "weight_decay": 0.1},
+              {"params": vectors, "weight_decay": 0.0, "lr": 3e-3}]  # fmt: skip
+    return AdamW(groups, lr=1e-3, eps=1e-3)  # a key's bias has a gradient of rounding only
 
 
 def two_tower() -> nn.Module:
