@@ -27,7 +27,6 @@ from ..ir.module import Function, Module, Value
 from ..ir.types import Mesh, TensorType
 from .comm import TIMEOUT_S, Comm
 from .context import TORCH_DTYPES
-from .dtensors import to_dtensor
 from .executor import Executor
 from .heap import trim
 from .schedule_check import check
@@ -149,6 +148,8 @@ class Program:
             copy: without it local shards share memory with the state.
         """
         out: dict[str, Tensor] = {}
+        if dtensor:
+            from .dtensors import to_dtensor  # torch.distributed.tensor takes a second to load
         for slot, (name, value) in enumerate(self._kept):
             shard = self.executor.state[slot]
             shard = shard.clone() if copy or (full and not dtensor) else shard

@@ -244,15 +244,6 @@ def fail(world: World, argument: str) -> Report:
     return expect("W0803", lambda: program.step(torch.ones(7, 5), lr=0.1))
 
 
-def linger(world: World, argument: str) -> Report:
-    """One rank of a step dies, and nobody ends the others: they find out, and who it was."""
-    program = Program(parse_module(TRAIN_STEP), timeout_s=20)
-    program.load_state({"w": torch.ones(5, 6)})
-    if world.rank == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return expect("W0803", lambda: program.step(torch.ones(7, 5), lr=0.1))
-
-
 def die(world: World, argument: str) -> Report:
     """One rank is killed in the middle of a step: the others say so, soon."""
     program = Program(parse_module(TRAIN_STEP), timeout_s=20)
@@ -265,7 +256,7 @@ def die(world: World, argument: str) -> Report:
 
 TASKS: dict[str, Callable[[World, str], Report]] = {
     task.__name__: task
-    for task in (programs, collectives, train, fewer, differ, fail, die, linger, halves, stages)
+    for task in (programs, collectives, train, fewer, differ, fail, die, halves, stages)
 }  # fmt: skip
 
 

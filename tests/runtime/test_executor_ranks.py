@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.distributed import TCPStore
 
-from weft.ir.errors import RunError
 from weft.runtime.launch import launch
 from weft.runtime.trace import merge, read_events
 
@@ -120,32 +116,3 @@ def test_an_error_on_one_rank_is_named_on_all(four: Reports) -> None:
     for part in four["fail"]:
         assert "rank 1 failed in einsum" in part["message"]
         assert part["took"] < 15
-
-
-def test_launch_names_the_rank_that_died(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="rank 2 was ended by signal 9") as error:
-        launch([WORKER, str(tmp_path / "die"), "die"], 4, env=PATH, timeout_s=120)
-    assert error.value.code == "W0803"
-
-
-def test_ranks_that_nobody_ends_notice_a_death(tmp_path: Path) -> None:
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # outlives the ranks
-    common = {**os.environ, **PATH, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "4",
-              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
-              "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
-    command = [sys.executable, WORKER, str(tmp_path / "out"), "linger"]
-    workers = [
-        subprocess.Popen(command, env={**common, "RANK": str(rank)}, stderr=subprocess.DEVNULL)
-        for rank in range(4)
-    ]
-    try:
-        for worker in workers:
-            worker.wait(60)
-    finally:
-        for worker in workers:
-            worker.kill()
-    for rank in (0, 1, 3):
-        (part,) = json.loads(Path(f"{tmp_path / 'out'}.{rank}.json").read_text()).values()
-        assert not part["failures"], part["failures"]
-        assert "rank 2 does not answer" in part["message"]
-        assert part["took"] < 30
