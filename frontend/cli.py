@@ -22,6 +22,7 @@ from ..passes.pipeline import parse_pipeline
 from ..runtime.artifact import Artifact
 from . import cli_inspect
 from .api import plan_target
+from .artifact import check_target
 from .doctor import diagnose
 from .driver import ALL_PASSES
 from .load_target import load_target
@@ -87,6 +88,7 @@ def compile_command(
     function `(model, optimizer, *batch) -> loss`, and its example inputs.
     """
     options = OPTIONS.with_({"verify_each": OPTIONS.verify_each and not no_verify_each})
+    check_target(output)
     plan = plan_target(
         load_target(target), cluster=cluster or "1x1:cpu", train=train, mesh=mesh, options=options
     )
