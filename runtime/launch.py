@@ -20,6 +20,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from ..ir.errors import RunError
 from .comm import TIMEOUT_S
@@ -142,7 +144,13 @@ def init_from_env(kind: str = "", *, timeout_s: float = TIMEOUT_S) -> Iterator[W
         yield World(rank, size, device)
         return
     # no device_id: NCCL would then split groups off with all ranks taking part, not members alone
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
+    # torchrun keeps its store over restarts, with the addresses of ranks that are gone
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    base, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+    dist.init_process_group(
+        "nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s), rank=rank,
+        world_size=size, store=PrefixStore(f"weft/attempt{attempt}", base),
+    )  # fmt: skip
     try:
         watch()
         yield World(rank, size, device)
