@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 import re
 import traceback
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -78,9 +79,16 @@ def user_span(tb: TracebackType | None) -> Span | None:
 
 def user_traceback(tb: TracebackType | None) -> TracebackType | None:
     """A traceback with the frames of torch and of weft left out; None when nothing is left."""
+    return without_frames(tb, is_internal)
+
+
+def without_frames(
+    tb: TracebackType | None, hidden: Callable[[str], bool]
+) -> TracebackType | None:
+    """A traceback without the frames whose file is `hidden`; None when nothing is left."""
     kept: list[TracebackType] = []
     while tb is not None:
-        if not is_internal(tb.tb_frame.f_code.co_filename):
+        if not hidden(tb.tb_frame.f_code.co_filename):
             kept.append(tb)
         tb = tb.tb_next
     out: TracebackType | None = None

@@ -12,6 +12,7 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from ..ir.errors import WeftError
+from .locate import without_frames
 from .options import OPTIONS
 
 NOTE = "frames of weft and torch are hidden; WEFT_TRACEBACKS=full shows them"
@@ -27,15 +28,7 @@ R = TypeVar("R")
 
 def users_frames(traceback: TracebackType | None) -> TracebackType | None:
     """A traceback without the frames of weft and torch; None where no other is left."""
-    kept: list[TracebackType] = []
-    while traceback is not None:
-        if not traceback.tb_frame.f_code.co_filename.startswith(_HIDDEN):
-            kept.append(traceback)
-        traceback = traceback.tb_next
-    out: TracebackType | None = None
-    for item in reversed(kept):
-        out = TracebackType(out, item.tb_frame, item.tb_lasti, item.tb_lineno)
-    return out
+    return without_frames(traceback, lambda file: file.startswith(_HIDDEN))
 
 
 def shows_users_frames(function: Callable[P, R]) -> Callable[P, R]:
