@@ -13,8 +13,8 @@ from typing import Any
 from torch._dynamo import register_backend
 from torch.fx import GraphModule
 
-from .compiled import CompiledModule
 from .compiled import compile as weft_compile
+from .compiled_module import CompiledModule
 
 
 def weft(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import weft
-from weft.frontend.compiled import CompiledModule
+from weft.frontend.compiled_module import CompiledModule
 
 
 class Net(nn.Module):

@@ -1,0 +1,75 @@
+"""Compiled functions: of tensors, or train steps."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ir.errors import CompileError
+from .api import named_inputs
+from .compiled_step import TrainStep
+from .driver import Program
+from .entries import Compiler, Entry, Key, mode_of, tensors_of
+from .load_target import is_train_step
+from .plan import Plan
+from .structure import Structure
+from .trace import trace_forward
+from .tracebacks import shows_users_frames
+
+
+class CompiledFunction:
+    """A compiled plain function of tensors; a train step is told by its first arguments."""
+
+    def __init__(self, function: Callable[..., Any], compiler: Compiler) -> None:
+        functools.update_wrapper(self, function)
+        self.function, self.compiler = function, compiler
+        self.step: TrainStep | None = None
+        self._last: Entry | None = None
+
+    @shows_users_frames
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the plan on whole inputs."""
+        if is_train_step(self.function, args):
+            self.step = self.step or TrainStep(self.function, self.compiler)
+            return self.step(*args, **kwargs)
+        modules = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.nn.Module)]
+        key = Key.of(args, kwargs, mode_of(*modules))
+
+        def trace() -> tuple[Program, Structure]:
+            traced = trace_forward(self.function, args, kwargs)
+            named = named_inputs(traced.input_names, args, kwargs)
+            name = getattr(self.function, "__qualname__", "function")
+            return Program(
+                "forward", name, traced.module, traced.tensors, named, {}
+            ), traced.outputs
+
+        entry = self._last = self.compiler.find(key, trace)
+        entry.running.load_state(entry.plan.weights, strict=False)
+        tensors = tensors_of(args, kwargs)
+        return entry.outputs.build(entry.running.step(*tensors, seed=self.compiler.seed()))
+
+    def state_dict(self, *, dtensor: bool = False) -> dict[str, Tensor]:
+        """State of a train step; see `TrainStep.state_dict`."""
+        return self._train_step().state_dict(dtensor=dtensor)
+
+    def sync(self) -> None:
+        """Write a train step's state back; see `TrainStep.sync`."""
+        self._train_step().sync()
+
+    def _train_step(self) -> TrainStep:
+        if self.step is None:
+            raise CompileError("W0304", "this function was not called as a train step yet")
+        return self.step
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the last call. Raises CompileError before the first one."""
+        if self.step is not None:
+            return self.step.plan
+        if self._last is None:
+            raise CompileError("W0304", "the compiled function has no plan before its first call")
+        return self._last.plan

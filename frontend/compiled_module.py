@@ -1,0 +1,126 @@
+"""Compiled modules: called as the module is, with autograd through the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ir.errors import CompileError
+from .api import named_inputs
+from .driver import Program
+from .entries import Compiler, Entry, Key, mode_of, state_of
+from .plan import Plan
+from .structure import Structure, flatten
+from .trace import trace_forward
+from .tracebacks import shows_users_frames
+from .train_step import trace_joint
+
+
+class _Joint(torch.autograd.Function):
+    """Autograd's view of a joint plan: parameters and inputs in, outputs out."""
+
+    @staticmethod
+    def forward(ctx: Any, module: Any, entry: Entry, inputs: Any, *wanted: Tensor) -> Any:
+        ctx.module, ctx.entry = module, entry
+        outs = module.begin(entry, inputs)
+        ctx.mark_non_differentiable(*(t for t in outs if not t.is_floating_point()))
+        ctx.shapes = [(t.shape, t.dtype) for t in outs]
+        return tuple(outs)
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: Any) -> Any:
+        entry: Entry = ctx.entry
+        device = entry.running.executor.device
+        given = [
+            torch.zeros(ctx.shapes[n][0], dtype=ctx.shapes[n][1], device=device)
+            if tangents[n] is None
+            else tangents[n]
+            for n in entry.tangents
+        ]
+        grads = dict(zip(entry.grads, entry.running.finish(*given), strict=True))
+        return None, None, None, *(grads[name] for name in entry.grads)
+
+
+class CompiledModule(torch.nn.Module):
+    """A compiled module; its parameters stay those of the module it was made from.
+
+    Without gradients a forward plan runs. With them a joint plan runs up to the outputs, and its
+    rest when autograd asks for the gradients.
+    """
+
+    def __init__(self, module: torch.nn.Module, compiler: Compiler) -> None:
+        super().__init__()
+        self.module, self.compiler = module, compiler
+        self._last: Entry | None = None
+
+    @shows_users_frames
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the plan on whole inputs."""
+        tensors, _, _ = flatten((args, kwargs))
+        learned = [p for p in self.module.parameters() if p.requires_grad]
+        joint = torch.is_grad_enabled() and bool(learned or any(t.requires_grad for t in tensors))
+        key = Key.of(args, kwargs, (joint, *mode_of(self.module)))
+        entry = self.compiler.find(key, lambda: self._trace(joint, args, kwargs))
+        self._last = entry
+        self._load(entry)
+        if not joint:
+            results = entry.running.step(*(t.detach() for t in tensors), seed=self.compiler.seed())
+            return entry.outputs.build(self._take(entry, results))
+        wanted = [self._tensor(name, entry, tensors) for name in entry.grads]
+        run: Callable[..., Any] = _Joint.apply
+        return entry.outputs.build(run(self, entry, tensors, *wanted))
+
+    def _trace(
+        self, joint: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Program, Structure]:
+        trace = trace_joint if joint else trace_forward
+        traced = trace(self.module, args, kwargs)
+        named = named_inputs(traced.input_names, args, kwargs)
+        name = type(self.module).__qualname__
+        kind = "joint" if joint else "forward"
+        return Program(kind, name, traced.module, traced.tensors, named, {}), traced.outputs
+
+    def begin(self, entry: Entry, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Run a joint plan up to its outputs."""
+        results = entry.running.begin(*(t.detach() for t in inputs), seed=self.compiler.seed())
+        return self._take(entry, results)
+
+    def _tensor(self, name: str, entry: Entry, tensors: Sequence[Tensor]) -> Tensor:
+        named = state_of(self.module)
+        if name in named:
+            return named[name]
+        attrs = entry.plan.module("schedule").entry.param_attrs
+        inputs = [str(a["name"]) for a in attrs if a.get("role") == "input"]
+        return tensors[inputs.index(name)]
+
+    def _load(self, entry: Entry) -> None:
+        """Hand the module's current parameters and buffers to the plan."""
+        named = state_of(self.module)
+        state = {n: named[n] if n in named else entry.plan.weights[n] for n in entry.weights}
+        entry.running.load_state(state, strict=False)
+
+    def _take(self, entry: Entry, results: list[Tensor]) -> list[Tensor]:
+        """Write buffers that the plan updated back into the module; the outputs."""
+        if entry.updated:
+            fresh = entry.running.state_dict()
+            named = state_of(self.module)
+            for name in entry.updated:
+                if name in named:
+                    named[name].data.copy_(fresh[name])
+        return results
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the last call. Raises CompileError before the first one."""
+        if self._last is None:
+            raise CompileError("W0304", "the compiled module has no plan before its first call")
+        return self._last.plan
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
