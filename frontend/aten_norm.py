@@ -9,7 +9,7 @@ from typing import Any
 from ..ir.module import Value
 from .aten import Lowering, Unsupported, aten
 from .aten_contract import per_channel
-from .aten_reduce import moments
+from .aten_reduce import mean_of, moments
 
 
 def _on_last(c: Lowering, name: str, x: Value, dim: int) -> Value:
@@ -119,19 +119,24 @@ def _wide(x: Value) -> str:
     return "f32" if x.type.dtype in ("f16", "bf16") else x.type.dtype
 
 
+def _statistics(c: Lowering, x: Value) -> tuple[Value, Value]:
+    """Mean and (biased) variance of each channel of a batch, in the dtype of the statistics."""
+    others = [dim for dim in range(len(x.type.shape)) if dim != 1]
+    mean = mean_of(c, c.cast(x, _wide(x)), others, False)
+    squares = c.emit("channel_squares", [x, mean])
+    count = x.type.numel // max(x.type.shape[1], 1)
+    return mean, c.apply("mul", squares, 1.0 / count if count else float("nan"))
+
+
 def _normalize(
     c: Lowering, x: Value, mean: Value, var: Value, weight: Value | None, bias: Value | None,
-    eps: float,
-) -> tuple[Value, Value]:  # fmt: skip
-    """Batch norm's result and 1 / sqrt(var + eps), from statistics by channel."""
-    rank, wide = len(x.type.shape) - 2, _wide(x)
-    mean, var = c.cast(mean, wide), c.cast(var, wide)
-    weight = weight and c.cast(weight, wide)
-    bias = bias and c.cast(bias, wide)
-    rstd = c.emit("rsqrt", [c.apply("add", var, eps)])
-    centred = c.emit("sub", [c.cast(x, wide), per_channel(c, mean, rank)])
-    y = _affine(c, c.emit("mul", [centred, per_channel(c, rstd, rank)]), weight, bias)
-    return c.cast(y, x.type.dtype), rstd
+    eps: float, batch: bool = False,
+) -> Value:  # fmt: skip
+    """Batch norm's result from statistics by channel; `batch`: from those of x."""
+    wide, size = _wide(x), x.type.shape[1]
+    operands = [x, c.cast(mean, wide), c.cast(var, wide), _vector(c, weight, size, 1, wide),
+                _vector(c, bias, size, 0, wide)]  # fmt: skip
+    return c.emit("batch_norm", operands, {"eps": eps, "batch": batch})
 
 
 @aten("_native_batch_norm_legit_functional.default")
@@ -140,22 +145,19 @@ def batch_norm(
     running_var: Value, training: bool, momentum: float, eps: float,
 ) -> tuple[Any, ...]:  # fmt: skip
     if not training:
-        y, _ = _normalize(c, x, running_mean, running_var, weight, bias, eps)
+        y = _normalize(c, x, running_mean, running_var, weight, bias, eps)
         return y, None, None, running_mean, running_var
-    var, mean = _batch_moments(c, x)
-    y, rstd = _normalize(c, x, mean, var, weight, bias, eps)
+    mean, var = _statistics(c, x)
+    y = _normalize(c, x, mean, var, weight, bias, eps, batch=True)
     count = x.type.numel // x.type.shape[1]
     unbiased = c.apply("mul", var, count / max(count - 1, 1))
-    results = (y, mean, rstd, _moved(c, running_mean, mean, momentum),
+    results = (y, mean, _rstd(c, var, eps), _moved(c, running_mean, mean, momentum),
                _moved(c, running_var, unbiased, momentum))  # fmt: skip
     return tuple(c.cast(value, type.dtype) for value, type in zip(results, c.outs, strict=True))
 
 
-def _batch_moments(c: Lowering, x: Value) -> tuple[Value, Value]:
-    dims = [d for d in range(len(x.type.shape)) if d != 1]
-    var, mean = moments(c, c.cast(x, _wide(x)), dims, 0, True)
-    channels = [x.type.shape[1]]
-    return c.reshape(var, channels), c.reshape(mean, channels)
+def _rstd(c: Lowering, var: Value, eps: float) -> Value:
+    return c.emit("rsqrt", [c.apply("add", var, eps)])
 
 
 def _moved(c: Lowering, old: Value, new: Value, momentum: float) -> Value:
@@ -169,9 +171,9 @@ def batch_norm_no_stats(
     c: Lowering, x: Value, weight: Value | None, bias: Value | None, training: bool,
     momentum: float, eps: float,
 ) -> tuple[Value, ...]:  # fmt: skip
-    var, mean = _batch_moments(c, x)
-    y, rstd = _normalize(c, x, mean, var, weight, bias, eps)
-    return y, c.cast(mean, c.outs[1].dtype), c.cast(rstd, c.outs[2].dtype)
+    mean, var = _statistics(c, x)
+    y = _normalize(c, x, mean, var, weight, bias, eps, batch=True)
+    return y, c.cast(mean, c.outs[1].dtype), c.cast(_rstd(c, var, eps), c.outs[2].dtype)
 
 
 @aten("_native_batch_norm_legit_no_training.default")
@@ -179,5 +181,4 @@ def batch_norm_eval(
     c: Lowering, x: Value, weight: Value | None, bias: Value | None, running_mean: Value,
     running_var: Value, momentum: float, eps: float,
 ) -> tuple[Any, ...]:  # fmt: skip
-    y, _ = _normalize(c, x, running_mean, running_var, weight, bias, eps)
-    return y, None, None
+    return _normalize(c, x, running_mean, running_var, weight, bias, eps), None, None

@@ -1,77 +1,55 @@
-"""ATen entries: pooling, from strided slices and means, so that batch and channels may be split."""
+"""ATen entries: pooling; batch and channels may be split."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from ..ir.module import Value
+from ..ir.module import Attr, Value
 from .aten import Lowering, Unsupported, aten
 from .aten_contract import sizes_of
 from .aten_reduce import mean_of
 
 
-def _max_along(c: Lowering, x: Value, dim: int, size: int, stride: int, count: int,
-               dilation: int) -> Value:  # fmt: skip
-    """Maximum of windows along one dim; the first of equal elements wins, NaN wins over all."""
-    best: Value | None = None
-    for tap in range(size):
-        start = tap * dilation
-        part = c.slice(x, dim, start, start + (count - 1) * stride + 1, stride)
-        if best is None:
-            best = part
-            continue
-        keeps = c.emit("logical_or", [c.emit("ge", [best, part]), c.emit("ne", [best, best])])
-        best = c.emit("where", [keeps, best, part])
-    assert best is not None
-    return best
-
-
 def _max_pool(
-    c: Lowering, x: Value, kernel: Any, stride: Any, padding: Any, dilation: Any, rank: int
-) -> Value:
-    """Max pooling, one dim after the other, last dim first (so ties go to the first element)."""
+    c: Lowering, x: Value, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil: bool,
+    rank: int,
+) -> tuple[Value, ...]:  # fmt: skip
+    """Maxima and their indices; windows along one dim have a size of 1 along another."""
     kernel, padding = sizes_of(kernel, rank), sizes_of(padding, rank)
     stride = sizes_of(stride, rank) if stride not in (None, [], ()) else kernel
-    dilation, out = sizes_of(dilation, rank), c.out.shape[-rank:]
-    lead = len(x.type.shape) - rank
-    need = [(n - 1) * s + (k - 1) * d + 1
-            for n, s, k, d in zip(out, stride, kernel, dilation, strict=True)]  # fmt: skip
-    low = [0] * lead + list(padding)
-    high = [0] * lead + [n - size - p for n, size, p in
-                         zip(need, x.type.shape[lead:], padding, strict=True)]  # fmt: skip
-    high = [max(h, 0) for h in high]
-    if any(low) or any(high):
-        x = c.emit("pad", [x], {"low": tuple(low), "high": tuple(high), "value": float("-inf")})
-    for i in reversed(range(rank)):
-        x = _max_along(c, x, lead + i, kernel[i], stride[i], out[i], dilation[i])
-    return x
+    rows = [[kernel, 1], [stride, 1], [padding, 0], [sizes_of(dilation, rank), 1]]
+    extra = max(2 - rank, 0)  # one spatial dim becomes two
+    names = ("kernel", "stride", "padding", "dilation")
+    attrs: dict[str, Attr] = {
+        name: (*[one] * extra, *sizes) for name, (sizes, one) in zip(names, rows, strict=True)
+    }
+    lead, spatial = x.type.shape[:-rank], x.type.shape[-rank:]
+    planes = c.reshape(x, (*lead, *[1] * extra, *spatial))
+    results = c.many("max_pool", [planes], {**attrs, "ceil": ceil})
+    return tuple(c.reshape(value, c.out.shape) for value in results)
 
 
-@aten("max_pool2d.default")
-def max_pool2d(
-    c: Lowering, x: Value, kernel_size: Any, stride: Any = (), padding: Any = 0,
-    dilation: Any = 1, ceil_mode: bool = False,
-) -> Value:  # fmt: skip
-    return _max_pool(c, x, kernel_size, stride, padding, dilation, 2)
+def _define(rank: int) -> None:
+    def max_pool_with_indices(
+        c: Lowering, x: Value, kernel_size: Any, stride: Any = (), padding: Any = 0,
+        dilation: Any = 1, ceil_mode: bool = False,
+    ) -> tuple[Value, ...]:  # fmt: skip
+        return _max_pool(c, x, kernel_size, stride, padding, dilation, ceil_mode, rank)
+
+    def max_pool(
+        c: Lowering, x: Value, kernel_size: Any, stride: Any = (), padding: Any = 0,
+        dilation: Any = 1, ceil_mode: bool = False,
+    ) -> Value:  # fmt: skip
+        return _max_pool(c, x, kernel_size, stride, padding, dilation, ceil_mode, rank)[0]
+
+    aten(f"max_pool{rank}d.default")(max_pool)
+    if rank > 1:
+        aten(f"max_pool{rank}d_with_indices.default")(max_pool_with_indices)
 
 
-@aten("max_pool1d.default")
-def max_pool1d(
-    c: Lowering, x: Value, kernel_size: Any, stride: Any = (), padding: Any = 0,
-    dilation: Any = 1, ceil_mode: bool = False,
-) -> Value:  # fmt: skip
-    return _max_pool(c, x, kernel_size, stride, padding, dilation, 1)
-
-
-@aten("max_pool2d_with_indices.default")
-def max_pool2d_with_indices(
-    c: Lowering, x: Value, kernel_size: Any, stride: Any = (), padding: Any = 0,
-    dilation: Any = 1, ceil_mode: bool = False,
-) -> tuple[Any, ...]:  # fmt: skip
-    if 1 in c.users:
-        raise Unsupported("the indices of max pooling")
-    return _max_pool(c, x, kernel_size, stride, padding, dilation, 2), None
+for _rank in (1, 2, 3):
+    _define(_rank)
 
 
 def _mean_of_tiles(c: Lowering, x: Value, out: Sequence[int]) -> Value:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from math import pi
 
 from ..ir.module import Attr, Op, Value
+from ..ir.opdef import full_attrs
 from ..ir.types import FLOATS, TensorType
 from .aten import Lowering
 from .vjp_traced import traced_vjp
@@ -255,6 +256,32 @@ def _layer_norm(c: Lowering, op: Op, cts: Cotangents, wants: Sequence[bool]) -> 
     x, weight, bias = op.operands
     operands = [cts[0], x, weight, *op.results[1:]]
     return c.many("layer_norm_backward", operands, None, [x.type, weight.type, bias.type])
+
+
+@rule("batch_norm")
+def _batch_norm(c: Lowering, op: Op, cts: Cotangents, wants: Sequence[bool]) -> Cotangents | None:
+    x, mean, var, weight, bias = op.operands
+    attrs = full_attrs(op.name, op.attrs)
+    batch, eps, dy = attrs["batch"], attrs["eps"], _only(cts)
+    if any(wants[1:3]) and not batch:
+        return None  # a gradient of statistics that are not those of x
+    assert isinstance(eps, float)
+    rstd = c.emit("rsqrt", [c.apply("add", var, eps)])
+    total, products = c.many("batch_norm_sums", [dy, x, mean])
+    dx: Value | None = None
+    if wants[0] and batch:
+        operands = [dy, x, mean, var, weight, total, products]
+        dx = c.emit("batch_norm_backward", operands, {"eps": eps})
+    elif wants[0]:
+        scale = c.emit("mul", [c.cast(weight, rstd.type.dtype), rstd])
+        column = c.reshape(scale, [*scale.type.shape, *[1] * (len(x.type.shape) - 2)])
+        dx = c.emit("mul", [dy, c.cast(column, dy.type.dtype)])
+    return [dx, None, None, c.emit("mul", [products, rstd]), total]
+
+
+@rule("max_pool")
+def _max_pool(c: Lowering, op: Op, cts: Cotangents, wants: Sequence[bool]) -> Cotangents:
+    return [c.emit("max_pool_backward", [_only(cts), op.operands[0], op.results[1]], op.attrs)]
 
 
 @rule("rms_norm")

@@ -3,6 +3,7 @@
 from ..opdef import OPS
 from . import (  # noqa: F401
     attention,
+    channel,
     collective,
     contraction,
     creation,
@@ -10,6 +11,7 @@ from . import (  # noqa: F401
     movement,
     optimizer,
     pointwise,
+    pool,
     reduction,
     row,
 )

@@ -187,7 +187,8 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], list[Tensor]]]] = {
     "pooling": (lambda x: [F.max_pool2d(x, 2), F.max_pool2d(x.relu(), 3, 2, 1), F.max_pool2d(
         x, 3, 1, dilation=2), F.max_pool2d(x, 3, 2, ceil_mode=True), F.avg_pool2d(x, 2), F.
         adaptive_avg_pool2d(x, 1), F.adaptive_avg_pool2d(x, (4, 2)), F.avg_pool2d(x, 3, 2, 1),
-        F.adaptive_max_pool2d(x, 2), F.interpolate(x, scale_factor=2)],
+        F.adaptive_max_pool2d(x, 2), F.interpolate(x, scale_factor=2), F.max_pool1d(x[0], 3, 2, 1),
+        F.max_pool3d(x, 2), F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2)],
         lambda: [randn(2, 3, 8, 8)]),
     "opaque": (lambda x: [torch.linalg.inv(x @ x.mT + torch.eye(3)), torch.atan2(x, x + 3),
                           torch.special.erfinv(x.tanh() / 2), x.det()], lambda: [randn(3, 3)]),

@@ -228,6 +228,33 @@ def _rows() -> None:
     case("cross_entropy_backward", [((3, 5), normal), x, ids, ((3, 5), positive)])
 
 
+def _channels() -> None:
+    for note, shape in (("2d", (3, 5, 4, 2)), ("flat", (5, 3)), ("1d", (5, 3, 7))):
+        x, vector = (shape, normal), ((shape[1],), normal)
+        case("channel_squares", [x, vector], note=note)
+        case("batch_norm", [x, vector, (vector[0], positive), vector, vector], note=note, eps=1e-3)
+        case("batch_norm_sums", [x, x, vector], note=note)
+        case("batch_norm_backward", [x, x, vector, (vector[0], positive), *[vector] * 3],
+             note=note, eps=1e-3)  # fmt: skip
+
+
+def _pooling() -> None:
+    for note, x, y, attrs in (
+        ("plain", (3, 5, 6, 7), (3, 5, 3, 3), {"kernel": (2, 2), "stride": (2, 2)}),
+        ("overlap", (3, 5, 6, 7), (3, 5, 3, 4),
+         {"kernel": (3, 3), "stride": (2, 2), "padding": (1, 1)}),
+        ("ceil", (5, 6, 8), (5, 3, 4), {"kernel": (2, 3), "stride": (2, 2), "ceil": True}),
+        ("dilated", (3, 5, 6, 7), (3, 5, 4, 3),
+         {"kernel": (2, 3), "stride": (1, 1), "dilation": (2, 2)}),
+        ("3d", (3, 5, 4, 4, 5), (3, 5, 2, 2, 2), {"kernel": (2, 2, 2), "stride": (2, 2, 2)}),
+    ):  # fmt: skip
+        spatial = len(attrs["kernel"])
+        attrs = {"padding": (0,) * spatial, "dilation": (1,) * spatial, **attrs}
+        case("max_pool", [(x, normal)], note=note, **attrs)
+        places = (y, below(4), "i64")
+        case("max_pool_backward", [(y, normal), (x, normal), places], note=note, **attrs)
+
+
 def _movement() -> None:
     shapes: list[tuple[Shape, Shape]] = [
         ((6, 4), (24,)), ((5, 12), (5, 3, 4)), ((2, 3, 5), (6, 5)), ((4, 6), (4, 1, 6)),
@@ -315,7 +342,7 @@ def _optimizers() -> None:
          nesterov=True)  # fmt: skip
 
 
-for _build in (_pointwise, _contractions, _attention, _rows, _movement, _indexing, _reductions,
-               _creation, _optimizers):  # fmt: skip
+for _build in (_pointwise, _contractions, _attention, _rows, _channels, _pooling, _movement,
+               _indexing, _reductions, _creation, _optimizers):  # fmt: skip
     _build()
 CASES = [case for cases in EXAMPLES.values() for case in cases]

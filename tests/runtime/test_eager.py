@@ -134,6 +134,51 @@ def test_layer_norm_and_its_gradients() -> None:
         close(ours.detach(), theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fused", [False, True])
+def test_batch_norm_and_its_gradients(dtype: torch.dtype, fused: bool) -> None:
+    x = (torch.randn(5, 3, 4, 7, dtype=torch.float64) * 2 + 3).to(dtype).requires_grad_()
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    w, b = leaf(3, dtype=wide), leaf(3, dtype=wide)
+    y = F.batch_norm(x.double(), None, None, w.double(), b.double(), True, eps=1e-3)
+    count, rounding = x.numel() // 3, {8: 1e-11, 4: 2e-5, 2: 3e-2}[dtype.itemsize]
+    mean = x.detach().to(wide).mean((0, 2, 3))
+    var = run("channel_squares", [x.detach(), mean], fused=fused)[0] / count
+    out = run("batch_norm", [x, mean, var, w, b], fused=fused, eps=1e-3)[0]
+    close(out.detach().double(), y.detach(), rounding)
+    dy = torch.randn_like(out)
+    with torch.no_grad():
+        total, products = run("batch_norm_sums", [dy, x, mean], fused=fused)
+        operands = [dy, x, mean, var, w, total, products]
+        dx = run("batch_norm_backward", operands, fused=fused, eps=1e-3)[0]
+    dw = products * (var + 1e-3).rsqrt()
+    for ours, theirs in zip((dx, dw, total), grads(y, dy.double(), x, w, b), strict=True):
+        close(ours.double(), theirs.double(), rounding * 10)
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_max_pool_and_its_gradient(data: st.DataObject) -> None:
+    spatial = data.draw(st.sampled_from([2, 3]))
+    sizes = [data.draw(st.integers(5, 7)) for _ in range(spatial)]
+    kernel = [data.draw(st.integers(1, 3)) for _ in range(spatial)]
+    window = {
+        "kernel": tuple(kernel), "stride": tuple(data.draw(st.integers(1, 3)) for _ in kernel),
+        "padding": tuple(data.draw(st.integers(0, k // 2)) for k in kernel),
+        "dilation": tuple(1 if k == 1 else data.draw(st.integers(1, 2)) for k in kernel),
+        "ceil": data.draw(st.booleans()),
+    }  # fmt: skip
+    lead = data.draw(st.sampled_from([(3,), (2, 3), (2, 1, 3)]))
+    x = torch.randint(-3, 3, (*lead, *sizes)).double().requires_grad_()  # with ties
+    pool = F.max_pool2d if spatial == 2 else F.max_pool3d
+    y = pool(x.flatten(0, -spatial - 1), *window.values()).unflatten(0, lead)
+    ours, index = run("max_pool", [x.detach()], **window)
+    assert torch.equal(ours, y)
+    dy = torch.randn_like(y)
+    (theirs,) = grads(y, dy, x)
+    close(run("max_pool_backward", [dy, x.detach(), index], **window)[0], theirs)
+
+
 def test_layer_norm_gradient_takes_statistics_of_any_strides() -> None:
     dy, x, w = (torch.randn(*s, dtype=torch.float64) for s in ((3, 5, 7), (3, 5, 7), (7,)))
     mean, rstd = torch.randn(3, 9, 1, dtype=torch.float64), torch.rand(3, 9, 1, dtype=torch.float64)
