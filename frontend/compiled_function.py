@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..ir.errors import CompileError
 from .api import named_inputs
@@ -15,6 +14,7 @@ from .compiled_step import TrainStep
 from .driver import Program
 from .entries import Compiler, Entry, Key, mode_of, tensors_of
 from .load_target import is_train_step
+from .owners import bring_up_to_date
 from .plan import Plan
 from .structure import Structure
 from .trace import trace_forward
@@ -34,8 +34,7 @@ class CompiledFunction:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the plan on whole inputs."""
         if is_train_step(self.function, args):
-            self.step = self.step or TrainStep(self.function, self.compiler)
-            return self.step(*args, **kwargs)
+            return self._train_step()(*args, **kwargs)
         modules = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.nn.Module)]
         key = Key.of(args, kwargs, mode_of(*modules))
 
@@ -47,22 +46,26 @@ class CompiledFunction:
                 "forward", name, traced.module, traced.tensors, named, {}
             ), traced.outputs
 
+        bring_up_to_date(*modules)
         entry = self._last = self.compiler.find(key, trace)
         entry.running.load_state(entry.plan.weights, strict=False)
         tensors = tensors_of(args, kwargs)
         return entry.outputs.build(entry.running.step(*tensors, seed=self.compiler.seed()))
 
-    def state_dict(self, *, dtensor: bool = False) -> dict[str, Tensor]:
-        """State of a train step; see `TrainStep.state_dict`."""
-        return self._train_step().state_dict(dtensor=dtensor)
-
-    def sync(self) -> None:
-        """Write a train step's state back; see `TrainStep.sync`."""
-        self._train_step().sync()
+    def __getattr__(self, name: str) -> Any:
+        """State of a train step: everything that `TrainStep` has, `save` and `load` among it."""
+        if name.startswith("_") or not hasattr(TrainStep, name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self._train_step(), name)
 
     def _train_step(self) -> TrainStep:
-        if self.step is None:
-            raise CompileError("W0304", "this function was not called as a train step yet")
+        if self._last is not None:
+            raise CompileError(
+                "W0304", "the compiled function is no train step and has no state",
+                reason="a train step takes a model and an optimizer first",
+                hint="state belongs to the modules that the function is given",
+            )  # fmt: skip
+        self.step = self.step or TrainStep(self.function, self.compiler)
         return self.step
 
     @property

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ir.errors import CompileError
+from ..runtime.checkpoint import Checkpoints
+from ..runtime.checkpoint_whole import WholeState
 from .api import named_inputs
 from .driver import Program
 from .entries import Compiler, Entry, Key, mode_of, state_of
+from .module_state import load_module, module_state
+from .owners import bring_up_to_date
 from .plan import Plan
 from .structure import Structure, flatten
 from .trace import trace_forward
 from .tracebacks import shows_users_frames
 from .train_step import trace_joint
+from .world import join_world
 
 
 class _Joint(torch.autograd.Function):
@@ -55,6 +61,8 @@ class CompiledModule(torch.nn.Module):
         super().__init__()
         self.module, self.compiler = module, compiler
         self._last: Entry | None = None
+        self._checkpoints: Checkpoints | None = None
+        self.extra: dict[str, Any] = {}
 
     @shows_users_frames
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -62,6 +70,7 @@ class CompiledModule(torch.nn.Module):
         tensors, _, _ = flatten((args, kwargs))
         learned = [p for p in self.module.parameters() if p.requires_grad]
         joint = torch.is_grad_enabled() and bool(learned or any(t.requires_grad for t in tensors))
+        bring_up_to_date(self.module)
         key = Key.of(args, kwargs, (joint, *mode_of(self.module)))
         entry = self.compiler.find(key, lambda: self._trace(joint, args, kwargs))
         self._last = entry
@@ -111,6 +120,58 @@ class CompiledModule(torch.nn.Module):
                 if name in named:
                     named[name].data.copy_(fresh[name])
         return results
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own, with its own names."""
+        bring_up_to_date(self.module)
+        return self.module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module's own; the next call takes the new values."""
+        return self.module.load_state_dict(*args, **kwargs)
+
+    def save(
+        self,
+        path: str | Path,
+        step: int,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        asynchronous: bool = False,
+        keep: int = 2,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write a checkpoint; see `TrainStep.save`, which can load it, as it can load its.
+
+        Args:
+            optimizer: the one of the user's loop, whose state is saved too.
+        """
+        kept = {"user": dict(extra or {}), "seeds": self.compiler.seeds()}
+        whole = module_state(self.module, optimizer)
+        self._bound(whole).save(path, step, asynchronous=asynchronous, keep=keep, extra=kept)
+
+    def load(
+        self, path: str | Path, optimizer: torch.optim.Optimizer | None = None, *,
+        strict: bool = True,
+    ) -> int:  # fmt: skip
+        """Load a checkpoint into the module, and into an optimizer; see `TrainStep.load`."""
+        join_world()
+        step, found = load_module(self._bound, self.module, optimizer, path, strict)
+        self.extra = found.get("user", {})
+        if seeds := found.get("seeds"):
+            self.compiler.set_seeds(seeds)
+        return step
+
+    def wait(self) -> None:
+        """Wait for an asynchronous save. Raises what it ended in."""
+        if self._checkpoints is not None:
+            self._checkpoints.wait()
+
+    def _bound(self, state: WholeState) -> Checkpoints:
+        if self._checkpoints is None:
+            self._checkpoints = Checkpoints(state)
+        else:
+            self._checkpoints.bind(state)
+        return self._checkpoints
 
     @property
     def plan(self) -> Plan:

@@ -13,25 +13,32 @@ from ..ir.errors import CompileError
 from .api import step_program
 from .driver import Program
 from .entries import Compiler, Entry, Key, mode_of, state_of, tensors_of
+from .owners import register
 from .plan import Plan
+from .state import StepState
 from .structure import Structure
 from .tracebacks import shows_users_frames
 from .train_step import trace_train_step
 
 
-class TrainStep:
+class TrainStep(StepState):
     """A compiled `(model, optimizer, *batch) -> loss`.
 
     After its first call the compiled step owns the parameters and the optimizer's state. On one
     rank, and for whole parameters on several, the model's tensors share their memory, so the model
-    is always up to date; `sync()` writes everything back into model and optimizer.
+    is always up to date; `sync()` writes everything back into model and optimizer. What is written
+    into the model's tensors between steps (`model.load_state_dict`, say) is taken over.
     """
 
     def __init__(self, function: Callable[..., Any], compiler: Compiler) -> None:
+        super().__init__()
         functools.update_wrapper(self, function)
         self.function, self.compiler = function, compiler
         self._owner: tuple[torch.nn.Module, torch.optim.Optimizer] | None = None
         self._current: Entry | None = None
+        self._seen: dict[str, tuple[int, int]] = {}
+        self._behind: dict[str, Tensor] = {}
+        register(self)
 
     @shows_users_frames
     def __call__(
@@ -53,67 +60,75 @@ class TrainStep:
             return step_program(name, traced, batch, kwargs), traced.outputs
 
         entry = self.compiler.find(Key.of(batch, kwargs, mode_of(model)), trace)
+        self._take_changes(model)
         if entry is not self._current:
             self._move_state(entry)
         tensors = list(tensors_of(batch, kwargs))
         rates = [float(group["lr"]) for group in optimizer.param_groups]
         results = entry.running.step(*tensors, lr=rates, seed=self.compiler.seed())
-        self._share(entry, model)
+        vars(optimizer)["_opt_called"] = True  # schedulers of torch warn without it
+        self._refresh()
         return entry.outputs.build(results)
 
     def _move_state(self, entry: Entry) -> None:
         """Load the state of the last plan, or of the model and optimizer."""
+        first = self._current is None
         if self._current is None:
             entry.running.load_state(entry.plan.weights)
         else:
             entry.running.load_state(self._current.running.state_dict(), strict=False)
         self._current = entry
+        if first:
+            self._ready()
 
-    @staticmethod
-    def _share(entry: Entry, model: torch.nn.Module) -> None:
+    def _refresh(self) -> None:
         """Let the model's tensors be those of the plan where this rank holds them whole.
 
         Updates in place keep the memory, others (of buffers) replace it.
         """
+        model, entry = self._held()[0], self._entry("state")
         shards = entry.running.state_dict(full=False, copy=False)
+        self._seen.clear()
+        self._behind.clear()
         for name, tensor in state_of(model).items():
             shard = shards.get(name)
-            if shard is None or shard.shape != tensor.shape:
+            if shard is None:
                 continue
-            if shard.data_ptr() != tensor.data_ptr():
+            if shard.shape != tensor.shape:
+                self._behind[name] = tensor
+            elif shard.data_ptr() != tensor.data_ptr():
                 tensor.data = shard
+            self._seen[name] = (tensor._version, tensor.data_ptr())
 
-    def state_dict(self, *, dtensor: bool = False) -> dict[str, Tensor]:
-        """All state by the user's names (`exp_avg/NAME` for the optimizer's); all ranks call.
-
-        Args:
-            dtensor: DTensors on the plan's mesh instead of whole tensors.
-        """
+    def _take_changes(self, model: torch.nn.Module) -> None:
+        """Take over what was written into the model's tensors since the last step."""
         if self._current is None:
-            raise CompileError("W0304", "the compiled step has no state before its first call")
-        return self._current.running.state_dict(dtensor=dtensor)
-
-    def sync(self) -> None:
-        """Write parameters, buffers and optimizer states back into model and optimizer."""
-        if self._owner is None or self._current is None:
             return
-        model, optimizer = self._owner
-        state = self.state_dict()
-        named = state_of(model)
-        for name, value in state.items():
-            if name in named:
-                named[name].data.copy_(value)
-        by_name = dict(model.named_parameters())
-        for key, value in state.items():
-            kind, slash, name = key.partition("/")
-            if slash and name in by_name:
-                optimizer.state[by_name[name]][kind] = value
-                if kind != "momentum_buffer":
-                    optimizer.state[by_name[name]]["step"] = state["step"].float()
+        changed = {
+            name: tensor.detach()
+            for name, tensor in state_of(model).items()
+            if name in self._seen and self._seen[name] != (tensor._version, tensor.data_ptr())
+        }
+        if changed:
+            self._take(changed, strict=False)
+
+    @property
+    def model(self) -> torch.nn.Module | None:
+        """The model whose parameters this step holds; None before its first call."""
+        return None if self._owner is None else self._owner[0]
+
+    def update_model(self) -> None:
+        """Write the current parameters and buffers into the model; all ranks must call."""
+        if self._current is None or not self._behind:
+            return
+        self._take_changes(self._held()[0])
+        running = self._current.running
+        shards = running.state_dict(full=False, copy=False)
+        for name, tensor in self._behind.items():
+            tensor.data.copy_(running.comm.gather(shards[name].clone(), running.state_types[name]))
+        self._behind.clear()
 
     @property
     def plan(self) -> Plan:
         """The plan of the last call. Raises CompileError before the first one."""
-        if self._current is None:
-            raise CompileError("W0304", "the compiled step has no plan before its first call")
-        return self._current.plan
+        return self._entry("plan").plan

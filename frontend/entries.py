@@ -6,6 +6,7 @@ one plans again, and the log says what changed.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ class Compiler:
         self.cluster, self.mesh, self.options = cluster, mesh, options
         self.entries: dict[Key, Entry] = {}
         self._last: Key | None = None
-        self._seeds: torch.Generator | None = None
+        self._seeds: tuple[int, int] | None = None
 
     def find(self, key: Key, trace: Callable[[], tuple[Program, Structure]]) -> Entry:
         """The entry of a key, made by tracing and planning where there is none."""
@@ -131,13 +132,26 @@ class Compiler:
         )
 
     def seed(self) -> int:
-        """A seed for the next step: drawn from torch's generator, the same on all ranks."""
-        if self._seeds is None:
-            base = [torch.initial_seed() % (1 << 62)]
-            if dist.is_initialized() and dist.get_world_size() > 1:
-                dist.broadcast_object_list(base, 0)
-            self._seeds = torch.Generator().manual_seed(base[0])
-        return int(torch.randint(1 << 62, (), generator=self._seeds))
+        """A seed for the next step: from torch's seed, the same on all ranks."""
+        base, drawn = self._seeds or self._first_seed()
+        self._seeds = base, drawn + 1
+        digest = hashlib.blake2b(f"{base}/{drawn}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") >> 2
+
+    def _first_seed(self) -> tuple[int, int]:
+        base = [torch.initial_seed() % (1 << 62)]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.broadcast_object_list(base, 0)
+        return base[0], 0
+
+    def seeds(self) -> list[int]:
+        """Where the stream of seeds is: what it began with, and how many were drawn."""
+        return list(self._seeds or self._first_seed())
+
+    def set_seeds(self, seeds: Sequence[int]) -> None:
+        """Go on from another place in the stream, that of a checkpoint."""
+        base, drawn = seeds
+        self._seeds = int(base), int(drawn)
 
 
 def mode_of(*modules: torch.nn.Module) -> tuple[bool, ...]:

@@ -10,16 +10,17 @@ placements, nor the number of ranks have to be those of the save.
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,16 +30,38 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from ..ir.errors import RunError
 from ..ir.types import TensorType
-from .checkpoint_format import Stored, find_checkpoint
+from .checkpoint_format import INDEX, Stored, find_checkpoint, no_checkpoint
 from .checkpoint_lock import FolderLock
 from .checkpoint_plan import Layout, ShardLoadPlanner, ShardSavePlanner
 from .checkpoint_storage import Reader, Writer
-from .program import Program
+from .checkpoint_torch import TorchReader
 from .wrapper import HOIST_BYTES
 
 T = TypeVar("T")
 #: lines of a difference that are shown
 _SHOWN = 8
+
+
+class Sharded(Protocol):
+    """What has a state in parts: a running program, or tensors that all ranks hold whole."""
+
+    @property
+    def comm(self) -> Any:
+        """Where this rank is: `distributed`, `mesh`, `coord`."""
+
+    @property
+    def state_types(self) -> Mapping[str, TensorType]:
+        """Placed types by name, in the same order on all ranks."""
+
+    @property
+    def state_roles(self) -> Mapping[str, str]:
+        """`param`, `buffer` or `state`."""
+
+    def state_dict(self, full: bool = True, copy: bool = True) -> dict[str, Tensor]:
+        """This rank's parts with full=False."""
+
+    def set_shards(self, shards: Mapping[str, Tensor]) -> None:
+        """Take this rank's parts by name."""
 
 
 class Checkpoints:
@@ -49,22 +72,33 @@ class Checkpoints:
 
     Attributes:
         bytes_read: bytes of data files that this rank read in its last `load`.
+        extra: what the caller kept with the checkpoint that was loaded last.
     """
 
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        comm = program.comm
-        self.distributed = comm.distributed and dist.get_world_size() > 1
-        self.layout = Layout(program.state_types, comm.mesh, comm.coord)
+    def __init__(self, program: Sharded) -> None:
+        self.bind(program)
         self.bytes_read = 0
+        self.extra: dict[str, Any] = {}
         self._group: dist.ProcessGroup | None = None
         self._locks: dict[Path, FolderLock] = {}
         self._pending: Future[None] | None = None
 
+    def bind(self, program: Sharded) -> None:
+        """Go on with another plan of the same program; locks and unfinished saves stay."""
+        self.program, comm = program, program.comm
+        self.distributed = comm.distributed and dist.get_world_size() > 1
+        self.layout = Layout(program.state_types, comm.mesh, comm.coord)
+
     # -- saving -------------------------------------------------------------------------------
 
     def save(
-        self, path: str | Path, step: int, *, asynchronous: bool = False, keep: int = 2
+        self,
+        path: str | Path,
+        step: int,
+        *,
+        asynchronous: bool = False,
+        keep: int = 2,
+        extra: Mapping[str, Any] | None = None,
     ) -> None:
         """Write a checkpoint into the folder `path`; the last good one stays until it is complete.
 
@@ -73,19 +107,22 @@ class Checkpoints:
             asynchronous: copy the shards to host memory and return; files are written while the
                 program goes on. Errors are raised by the next `save`, `wait` or `close`.
             keep: how many complete checkpoints to leave in the folder, at least 1.
+            extra: what else to keep, as JSON; after `load` it is the attribute `extra`.
 
         Raises RunError W1105 when it could not be written (the last good one is untouched), W1106
         when another job writes to the folder.
         """
         if step < 0 or keep < 1:
             raise RunError("W1105", f"step {step} and keep {keep}", reason="step >= 0, keep >= 1")
+        extra = _plain(extra or {})
         self.wait()
         self._join()
         local = self.program.state_dict(full=False, copy=False)
         owned = {name: local[name].detach() for name in self.layout.owned()}
         root = Path(path).absolute()
         lock = self._locks.setdefault(root, FolderLock(root))
-        writer = Writer(root, step, roles=self.program.state_roles, keep=keep, lock=lock)
+        roles = self.program.state_roles
+        writer = Writer(root, step, roles=roles, keep=keep, extra=extra, lock=lock)
         if not asynchronous:
             self._write(writer, owned)
             return
@@ -111,13 +148,18 @@ class Checkpoints:
 
     # -- loading ------------------------------------------------------------------------------
 
-    def load(self, path: str | Path, *, strict: bool = True) -> int:
+    def load(
+        self, path: str | Path, *, strict: bool = True, order: Sequence[str] = ()
+    ) -> int:
         """Read this rank's shards from a checkpoint, in place; return its step.
 
         A plan without optimizer states takes parameters and buffers from any checkpoint.
 
         Args:
-            path: a checkpoint, or a folder of checkpoints, whose latest is read.
+            path: a checkpoint, or a folder of checkpoints, whose latest is read; or what
+                torch.distributed.checkpoint itself wrote, whose step is the optimizer's.
+            order: names of the optimizer's parameters in its order: checkpoints of
+                `optimizer.state_dict()` number them.
             strict: refuse names that are missing or unknown; otherwise what is missing stays as it
                 is. Shapes and dtypes must always agree.
 
@@ -126,7 +168,7 @@ class Checkpoints:
         """
         self.wait()
         self._join()
-        reader = self._together(lambda: self._opened(path, strict))
+        reader = self._together(lambda: self._opened(path, strict, order))
         wanted = self._targets(reader.index.tensors)
         try:
             with self._alone():
@@ -137,7 +179,7 @@ class Checkpoints:
         except CheckpointException as error:
             raise _diagnosed(error, f"checkpoint {reader.folder}", reader.folder) from None
         self.program.set_shards(wanted)
-        self.bytes_read = reader.bytes_read
+        self.bytes_read, self.extra = reader.bytes_read, reader.index.extra
         return reader.index.step
 
     def _targets(self, names: Container[str]) -> dict[str, Tensor]:
@@ -157,11 +199,16 @@ class Checkpoints:
                 )  # fmt: skip
         return out
 
-    def _opened(self, path: str | Path, strict: bool) -> Reader:
-        reader = Reader(path)
-        compare(
-            self.layout.types, self.program.state_roles, reader.index.tensors, strict, reader.folder
-        )
+    def _opened(
+        self, path: str | Path, strict: bool, order: Sequence[str]
+    ) -> Reader | TorchReader:
+        reader = open_checkpoint(path, list(self.layout.types), order)
+        roles = self.program.state_roles
+        stored = reader.index.tensors
+        if isinstance(reader, TorchReader):
+            # an eager checkpoint has buffers that the program never reads
+            stored = {n: s for n, s in stored.items() if n in roles or s.role == "state"}
+        compare(self.layout.types, roles, stored, strict, reader.folder)
         return reader
 
     def exists(self, path: str | Path) -> bool:
@@ -220,6 +267,30 @@ class Checkpoints:
         if kind is not None:
             self._pending = None  # other ranks may be gone: an unfinished save stays temporary
         self.close()
+
+
+def open_checkpoint(
+    path: str | Path, names: Sequence[str] = ("step",), order: Sequence[str] = ()
+) -> Reader | TorchReader:
+    """A checkpoint of either format. Raises RunError W1101, W1103, W1104."""
+    found = find_checkpoint(path)
+    if found is None:
+        raise no_checkpoint(path)
+    if (found / INDEX).is_file():
+        return Reader(found)
+    return TorchReader(found, names, order)
+
+
+def _plain(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """What will be read back. Raises RunError W1105 for what is not JSON."""
+    try:
+        found: dict[str, Any] = json.loads(json.dumps(dict(extra)))
+    except (TypeError, ValueError) as error:
+        raise RunError(
+            "W1105", "`extra` cannot be kept in a checkpoint", reason=str(error),
+            hint="pass numbers, text, lists and dicts; tensors belong into the state",
+        ) from None  # fmt: skip
+    return found
 
 
 def _in_thread(act: Callable[[], None]) -> Future[None]:
@@ -289,4 +360,4 @@ def compare(
         )  # fmt: skip
 
 
-__all__ = ["Checkpoints", "compare"]
+__all__ = ["Checkpoints", "Sharded", "compare", "open_checkpoint"]

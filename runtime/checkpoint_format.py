@@ -15,7 +15,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from math import prod
 from pathlib import Path
@@ -28,6 +28,8 @@ from ..ir.types import DTYPES
 FORMAT = 1
 INDEX = "index.json"
 LATEST = "latest"
+#: what a folder holds that torch.distributed.checkpoint wrote itself
+TORCH_METADATA = ".metadata"
 #: bytes that one hash covers, and the least that is read: 1 TB has 16 MB of hashes
 BLOCK_BYTES = 1 << 20
 #: bytes read and held at once
@@ -72,11 +74,12 @@ class Stored:
 
 @dataclass(frozen=True)
 class Index:
-    """What a checkpoint holds."""
+    """What a checkpoint holds. `extra` is whatever else was saved with it, as JSON."""
 
     step: int
     tensors: dict[str, Stored]
     files: dict[str, FileEntry]
+    extra: dict[str, Any] = field(default_factory=dict)
 
     def text(self) -> str:
         """As JSON, with a hash of itself."""
@@ -86,6 +89,7 @@ class Index:
             "block_bytes": BLOCK_BYTES,
             "tensors": {name: asdict(stored) for name, stored in self.tensors.items()},
             "files": [asdict(entry) for entry in self.files.values()],
+            "extra": self.extra,
         }
         info["hash"] = _hash_of(json.loads(json.dumps(info)))
         return json.dumps(info)  # without a last newline: each byte counts
@@ -118,7 +122,7 @@ def find_checkpoint(path: str | Path) -> Path | None:
     None when there is no checkpoint. Raises RunError W1103 when `latest` names none.
     """
     root = Path(path)
-    if (root / INDEX).is_file():
+    if (root / INDEX).is_file() or (root / TORCH_METADATA).is_file():
         return root
     latest = root / LATEST
     if not latest.is_file():
@@ -156,14 +160,14 @@ def read_index(folder: Path) -> Index:
         )
         for name, stored in info["tensors"].items()
     }  # fmt: skip
-    return Index(info["step"], tensors, files)
+    return Index(info["step"], tensors, files, info.get("extra", {}))
 
 
 def no_checkpoint(path: str | Path) -> RunError:
     """The diagnostic W1101."""
     return RunError(
         "W1101", f"{path} holds no complete checkpoint",
-        reason=f"it has neither {LATEST} nor {INDEX}",
+        reason=f"it has neither {LATEST} nor {INDEX}, nor {TORCH_METADATA} of torch's own",
         hint="write one with exe.save(DIR, step) or `weft run OUT --save DIR`",
     )  # fmt: skip
 
@@ -327,7 +331,7 @@ def _boxes(
 
 __all__ = [
     "BLOCK_BYTES", "BlockReader", "BlockWriter", "FORMAT", "FileEntry", "INDEX", "Index", "LATEST",
-    "STORED_DTYPES", "Shard", "Stored", "block_hash", "boxes", "checkpoint_name",
+    "TORCH_METADATA", "STORED_DTYPES", "Shard", "Stored", "block_hash", "boxes", "checkpoint_name",
     "complete_checkpoints", "damaged", "data_header", "find_checkpoint", "no_checkpoint",
     "read_index",
 ]  # fmt: skip

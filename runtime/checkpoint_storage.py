@@ -82,6 +82,7 @@ class Writer(StorageWriter):
         step: number of steps taken so far.
         roles: what each tensor is to the program (`param`, `buffer`, `state`).
         keep: how many complete checkpoints to leave in the folder.
+        extra: what else to keep in the index, as JSON.
         lock: held by the caller over several saves; by default taken for this one.
 
     Raises RunError W1106 when another job writes to the folder, OSError when a disk is full.
@@ -94,9 +95,11 @@ class Writer(StorageWriter):
         *,
         roles: Mapping[str, str] | None = None,
         keep: int = 2,
+        extra: Mapping[str, Any] | None = None,
         lock: FolderLock | None = None,
     ) -> None:
         self.root, self.step, self.keep = Path(path), step, keep
+        self.extra = dict(extra or {})
         self.roles = dict(roles or {})
         self.lock = lock or FolderLock(self.root)
         self._own_lock = lock is None
@@ -176,7 +179,7 @@ class Writer(StorageWriter):
                 _NAMES[meta.properties.dtype], tuple(meta.size), self.roles.get(name, "param"),
                 tuple(shards.get(name, ())),
             )  # fmt: skip
-        _write_text(self.temporary / INDEX, Index(self.step, tensors, files).text())
+        _write_text(self.temporary / INDEX, Index(self.step, tensors, files, self.extra).text())
         _sync(self.temporary)
         self._publish()
         if self._own_lock:

@@ -177,12 +177,12 @@ TASKS: dict[str, Callable[[], Report]] = {
 }
 
 
-def main(out: str, *tasks: str) -> None:
-    """Run the tasks and write this rank's report."""
-    reports = {name: TASKS[name]() for name in tasks}
+def report_of(tasks: dict[str, Callable[[], Report]], out: str, *names: str) -> None:
+    """Run tasks and write this rank's report."""
+    reports = {name: tasks[name]() for name in names}
     rank = os.environ.get("RANK", "0")
     Path(f"{out}.{rank}.json").write_text(json.dumps(reports))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    report_of(TASKS, *sys.argv[1:])

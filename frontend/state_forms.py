@@ -1,0 +1,91 @@
+"""The forms that state has in torch, and between them.
+
+Names are the user's. Three forms are understood:
+
+* one flat dict, as weft's checkpoints have it: `layers.0.weight`, `exp_avg/layers.0.weight`, `step`;
+* the dict of `model.state_dict()`;
+* the dict of an optimizer with names in place of numbers, as
+  `torch.distributed.checkpoint.state_dict.get_optimizer_state_dict` gives it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: states that torch's optimizers keep without counting steps
+_UNCOUNTED = {"momentum_buffer"}
+
+
+def canonical_names(model: torch.nn.Module) -> dict[str, str]:
+    """Each name of `model.state_dict()` -> the name that a plan has for the tensor.
+
+    A tensor with several names has its first one, parameters before buffers.
+    """
+    first: dict[int, str] = {}
+    names: dict[str, str] = {}
+    tables = (
+        model.named_parameters(remove_duplicate=False),
+        model.named_buffers(remove_duplicate=False),
+    )
+    for table in tables:
+        for name, tensor in table:
+            names[name] = first.setdefault(id(tensor), name)
+    return {name: names[name] for name in model.state_dict() if name in names}
+
+
+def optimizer_state(
+    flat: Mapping[str, Tensor], model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """An optimizer's state by parameter names, from the flat form."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    state: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items():
+        kind, slash, name = key.partition("/")
+        if slash:
+            state.setdefault(name, {})[kind] = value
+    for kept in state.values():
+        if not set(kept) <= _UNCOUNTED:
+            step = flat["step"]
+            kept["step"] = step.to(torch.float32, copy=True)
+    groups = [
+        {**{key: value for key, value in group.items() if key != "params"},
+         "params": [names[id(p)] for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]  # fmt: skip
+    return {"state": state, "param_groups": groups}
+
+
+def flat_state(nested: Mapping[str, Any], names: list[str]) -> dict[str, Tensor]:
+    """The flat form of an optimizer's state, by names or by numbers.
+
+    Args:
+        names: names of the optimizer's parameters, in its order.
+    """
+    flat: dict[str, Tensor] = {}
+    steps = [0.0]
+    for key, kept in nested.get("state", {}).items():
+        name = names[key] if isinstance(key, int) else key
+        for kind, value in kept.items():
+            if kind == "step":
+                steps.append(float(whole(torch.as_tensor(value))))
+            elif isinstance(value, torch.Tensor):
+                flat[f"{kind}/{name}"] = whole(value)
+    if flat:
+        flat["step"] = torch.tensor(max(*steps, 1.0), dtype=torch.float64)
+    return flat
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor of a DTensor (all ranks must call); others as they are."""
+    gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
+def parameter_order(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names of an optimizer's parameters, in its order."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [names.get(id(p), "") for group in optimizer.param_groups for p in group["params"]]
