@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..costmodel.cluster import Cluster, parse_cluster
+from ..costmodel.simulate import simulate
 from ..ir.errors import RunError, WeftError
 from ..ir.module import Module
 from ..runtime.artifact import Artifact
@@ -27,7 +28,6 @@ from .describe import (
     replicated,
 )
 from .explain_text import explain_path
-from .predict import predict_timeline
 
 console = Console(highlight=False)
 
@@ -92,9 +92,9 @@ def _cluster(artifact: Artifact) -> Cluster:
 
 
 def _memory(artifact: Artifact, limit: int) -> None:
-    timeline = predict_timeline(artifact.module(), _cluster(artifact))
+    simulation = simulate(artifact.module(), _cluster(artifact))
     table = Table("owner", "", "bytes of a rank", title="memory at the predicted peak")
-    rows = memory_by_owner(timeline.at_peak)
+    rows = memory_by_owner(simulation.at_peak)
     for kind, owner, size in rows[:limit]:
         table.add_row(kind, escape(owner), human_bytes(size))
     console.print(table)

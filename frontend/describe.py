@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
+from ..costmodel.simulate_memory import MADE
 from ..ir.module import Function, Location, Module, Op
 from ..ir.opdef import OPS
 from ..ir.text import print_module
@@ -156,12 +157,12 @@ def memory_by_role(module: Module) -> dict[str, int]:
 def memory_by_owner(at_peak: Sequence[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
     """Bytes at the peak by owner, largest first: (kind, owner, bytes).
 
-    Parameters, states and inputs are one row per kind, activations one per module path, those of
-    repeated blocks together.
+    Parameters, states and inputs are one row per kind; gradients, activations and transients one
+    per module path, those of repeated blocks together.
     """
     table: Counter[tuple[str, str]] = Counter()
     for kind, owner, size in at_peak:
-        table[kind, star(owner) if kind == "activations" else ""] += size
+        table[kind, star(owner) if kind in MADE else ""] += size
     return [(kind, owner, size) for (kind, owner), size in table.most_common()]
 
 

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from ..costmodel.cluster import Cluster
+from ..costmodel.simulate import Timeline
 from ..ir.errors import CompileError
 from ..ir.module import Attr, Location, Module, Op, Value
 from ..ir.types import Mesh
@@ -19,7 +20,6 @@ from .describe import (
     replicated,
 )
 from .explain import Choice, Explanation, Option
-from .timeline import Timeline
 
 
 def explain_path(placed: Module, spmd: Module, cluster: Cluster, path: str, limit: int = 20) -> str:

@@ -16,9 +16,12 @@ from torch import Tensor
 
 from ..codegen.emit import emit_kernels
 from ..costmodel.cluster import Cluster, parse_cluster
+from ..costmodel.simulate import Simulation, Timeline, simulate
+from ..costmodel.simulate_export import trace_events
 from ..ir.errors import CompileError
 from ..ir.module import LEVELS, Module
 from ..ir.text import print_module
+from ..ir.trace_events import trace_text
 from ..ir.types import Mesh
 from .artifact import ArtifactWriter
 from .axes import axis_words
@@ -31,9 +34,7 @@ from .describe import (
 )
 from .explain_text import explain_path, explain_plan
 from .options import OPTIONS
-from .predict import predict_timeline
 from .report import Dump, render_report
-from .timeline import Timeline
 
 VERSION = "0.1.0"
 
@@ -84,15 +85,23 @@ class Plan:
         return self.dumps[-1].module.mesh or Mesh()
 
     @cached_property
-    def timeline(self) -> Timeline:
-        """The predicted step."""
-        return predict_timeline(self.module("schedule"), self.cluster)
+    def simulation(self) -> Simulation:
+        """The predicted step of all ranks, on the cluster that the plan is for."""
+        return simulate(self.module("schedule"), self.cluster)
 
-    def simulate(self, cluster: str = "") -> Timeline:
-        """The predicted step, on another cluster of as many devices when one is named."""
+    @cached_property
+    def timeline(self) -> Timeline:
+        """The predicted step of the rank that needs most memory."""
+        return self.simulation.timeline()
+
+    def simulate(self, cluster: str = "") -> Simulation:
+        """Replay a step of all ranks, on another cluster of as many devices when one is named.
+
+        Raises CompileError W0501 for a cluster of another size.
+        """
         if not cluster:
-            return self.timeline
-        return predict_timeline(self.module("schedule"), parse_cluster(cluster))
+            return self.simulation
+        return simulate(self.module("schedule"), parse_cluster(cluster))
 
     def summary(self) -> str:
         """The plan in a few lines."""
@@ -147,7 +156,7 @@ class Plan:
             kind = self.cluster.groups[0].kind
             kernels = writer.folder / "kernels"
             emit_kernels(self.module("schedule"), kernels, kind, cache=OPTIONS.cache / "kernels")
-            writer.gzipped("timeline.json.gz", self.timeline.to_json())
+            writer.gzipped("timeline.json.gz", trace_text(trace_events(self.simulation)))
             writer.text("report.html", self.report())
             writer.commit(self._info(names))
 

@@ -17,6 +17,8 @@ from typing import Any
 from jinja2 import Environment
 
 from ..costmodel.cluster import Cluster
+from ..costmodel.simulate import Timeline
+from ..costmodel.simulate_memory import MADE
 from ..ir.module import Module
 from ..ir.opdef import OPS
 from ..ir.text import print_module
@@ -35,7 +37,6 @@ from .describe import (
 )
 from .explain import Explanation
 from .report_svg import memory_svg, timeline_svg
-from .timeline import Timeline
 
 #: a page opens fast with this many rows of a table, ranks of a mesh and explained ops
 _MAX_RANKS, _MAX_ROWS, _MAX_EXPLAINED = 64, 400, 40
@@ -141,7 +142,7 @@ def render_report(
         for rank in range(min(mesh.size, _MAX_RANKS))
     ]
     owners = memory_by_owner(timeline.at_peak)
-    resident = sum(size for kind, _, size in owners if kind != "activations")
+    resident = sum(size for kind, _, size in owners if kind not in MADE)
     timeline_picture, tracks = timeline_svg(timeline)
     counts = [(d, sum(len(f.ops) for f in d.module.functions)) for d in dumps]
     return environment.from_string(source).render(

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from ..costmodel.simulate import Timeline
 from .describe import human_bytes, human_time
-from .timeline import Timeline
 
 #: units of the view box across the page; the page stretches it to its width
 _WIDTH = 1000

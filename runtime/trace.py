@@ -1,16 +1,13 @@
 """The real run as a timeline for Perfetto (ui.perfetto.dev) or chrome://tracing.
 
-Chrome trace event format: one process for each rank, in it one track for compute and one for each
-process group. Times are CLOCK_MONOTONIC, which the processes of a host share, so that the traces of
-its ranks can be laid side by side (`merge`).
+Times are CLOCK_MONOTONIC, which the processes of a host share, so that the traces of its ranks can
+be laid side by side (`merge`). `ir/trace_events.py` has the form of the files.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +16,24 @@ from typing import Any
 import torch
 
 from ..ir.module import Function, Op
-from .comm import COMMUNICATION, Comm, Pending
+from ..ir.opdef import OPS
+from ..ir.trace_events import (
+    COMPUTE,
+    PAIR_TRACK,
+    Event,
+    RankEvents,
+    group_track,
+    merge,
+    read_events,
+    write_events,
+)
+from .comm import Comm, Pending
 
 Clock = Callable[[int, "Pending | None"], None]
-Event = dict[str, Any]
+#: collectives that gloo runs at the same time in one group: its thread pool has two threads
+GLOO_AT_ONCE = 2
+
+__all__ = ["Clock", "Event", "Trace", "merge", "read_events"]
 
 
 @dataclass
@@ -42,9 +53,11 @@ class Trace:
     """The events of one rank, over any number of steps."""
 
     rank: int = 0
-    events: list[Event] = field(default_factory=list)
     steps: int = 0
-    _tracks: dict[str, int] = field(default_factory=dict)
+    _log: RankEvents = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._log = RankEvents(self.rank)
 
     @contextmanager
     def step(self, function: Function, comm: Comm, cuda: bool = False) -> Iterator[Clock]:
@@ -89,81 +102,41 @@ class Trace:
         times: Sequence[float],
         transfers: dict[str, _Transfer],
     ) -> None:
-        started: dict[str, tuple[Op, float]] = {}
-        busy: dict[str, float] = {}
+        started: dict[str, tuple[int, float]] = {}
+        lanes: dict[str, list[float]] = {}  # group -> when each of its lanes is free
         for index, start, end in zip(indices, times, times[1:], strict=False):
             op = function.ops[index]
-            self._slice("compute", op, start, end, index)
+            self._log.slice(COMPUTE, op, index, self.steps, start, end - start)
             begun = None
             if op.name == "wait":
                 begun = started.pop(op.operands[0].name, None)
             elif op.attrs.get("async"):
-                started[op.results[0].name] = (op, start)
-            elif op.name in COMMUNICATION and "axis" in op.attrs:
-                begun = (op, start)
+                started[op.results[0].name] = (index, start)
+            elif OPS[op.name].family == "collective":
+                begun = (index, start)
             if begun is None:
                 continue
-            transfer, start = begun
-            known = transfers.get(transfer.results[0].name) if op.name == "wait" else None
+            number, start = begun
+            transfer = function.ops[number]
+            known = transfers.get(transfer.results[0].name)
             until = known.end_us if known is not None and known.end_us else end
             track = self._group(transfer, comm)
-            start = max(start, busy.get(track, 0.0))  # a group runs its transfers one by one
-            busy[track] = max(until, start)
-            self._slice(track, transfer, start, busy[track], index)
+            free = lanes.setdefault(track, [0.0] * (1 if comm.nccl else GLOO_AT_ONCE))
+            lane = free.index(min(free))
+            start = max(start, free[lane])  # a group runs no more of them at once
+            free[lane] = max(until, start)
+            track = f"{track}, lane {lane + 1}" if lane else track
+            self._log.slice(track, transfer, number, self.steps, start, free[lane] - start)
 
     @staticmethod
     def _group(op: Op, comm: Comm) -> str:
         axis = op.attrs.get("axis")
-        if axis is None:
-            return "send and receive"
-        return f"axis {axis}, ranks {', '.join(map(str, comm.members(str(axis))))}"
-
-    def _slice(self, track: str, op: Op, start_us: float, end_us: float, index: int) -> None:
-        if track not in self._tracks:
-            self._tracks[track] = len(self._tracks)
-        name = f"{op.loc.path}: {op.name}" if op.loc.path else op.name
-        args: Event = {"action": index, "step": self.steps}
-        if op.results:
-            args["result"], args["type"] = str(op.results[0]), str(op.results[0].type)
-        if op.loc.file:
-            args["source"] = f"{op.loc.file}:{op.loc.line}"
-        self.events.append({
-            "name": name, "cat": "compute" if track == "compute" else "transfer", "ph": "X",
-            "ts": start_us, "dur": max(0.0, end_us - start_us), "pid": self.rank,
-            "tid": self._tracks[track], "args": args,
-        })  # fmt: skip
+        return PAIR_TRACK if axis is None else group_track(str(axis), comm.members(str(axis)))
 
     def all_events(self) -> list[Event]:
         """The events with the names of the tracks."""
-        named: list[Event] = [{
-            "name": "process_name", "ph": "M", "pid": self.rank, "tid": 0,
-            "args": {"name": f"rank {self.rank}"},
-        }]  # fmt: skip
-        for track, number in self._tracks.items():
-            named.append({"name": "thread_name", "ph": "M", "pid": self.rank, "tid": number,
-                          "args": {"name": track}})  # fmt: skip
-        return named + self.events
+        return self._log.all_events()
 
     def write(self, path: str | Path) -> Path:
         """Write `.json`, or `.json.gz` when the name says so."""
-        return _write(path, self.all_events())
-
-
-def _write(path: str | Path, events: list[Event]) -> Path:
-    path = Path(path)
-    data = json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}).encode()
-    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
-    return path
-
-
-def read_events(path: str | Path) -> list[Event]:
-    """The events of a trace file."""
-    data = Path(path).read_bytes()
-    text = gzip.decompress(data) if Path(path).suffix == ".gz" else data
-    events: list[Event] = json.loads(text)["traceEvents"]
-    return events
-
-
-def merge(paths: Iterable[str | Path], target: str | Path) -> Path:
-    """One trace of several ranks' files."""
-    return _write(target, [event for path in paths for event in read_events(path)])
+        return write_events(path, self.all_events())

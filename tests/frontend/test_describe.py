@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from weft.frontend.describe import collectives, executions, human_bytes, human_time, memory_by_role
-from weft.frontend.timeline import predict
-from weft.ir.module import Op
 from weft.ir.parser import parse_module
 
 SPMD = """weft 1 spmd
@@ -24,20 +22,6 @@ func @twice(%x: f32[8, 4]{S(0)}) -> (f32[]{B}) {
 }
 """
 
-SCHEDULE = """weft 1 schedule
-mesh [dp=2] "cpu"
-
-func @main(%x: f32[8]{S(0)} {role = "input", name = "x"}) -> (f32[8]{S(0)} {role = "output"}) {
-  %0 = all_gather(%x) {axis = "dp", dim = 0, async = true} : f32[8]{B}
-  %1 = neg(%x) split [dp = a0] : f32[8]{S(0)}
-  %2 = wait(%0) : f32[8]{B}
-  free(%0)
-  %3 = neg(%1) split [dp = a0] : f32[8]{S(0)}
-  free(%1, %2)
-  return %3
-}
-"""
-
 
 def test_calls_multiply() -> None:
     module = parse_module(SPMD)
@@ -48,18 +32,6 @@ def test_calls_multiply() -> None:
 
 def test_memory_is_that_of_one_rank() -> None:
     assert memory_by_role(parse_module(SPMD)) == {"input": 8 * 4, "param": 8 * 4 * 4}
-
-
-def test_communication_behind_compute_is_not_exposed() -> None:
-    times = {"all_gather": 10.0, "neg": 4.0}
-
-    def time_us(op: Op) -> float:
-        return times.get(op.name, 0.0)
-
-    timeline = predict(parse_module(SCHEDULE), time_us)
-    assert timeline.step_us == 14.0  # 4 of the 10 us lie behind the first neg
-    assert timeline.exposed_us == {"dp": 6.0}
-    assert timeline.peak_bytes == 16 + 32 + 16 + 16  # x, all of x, both negs
 
 
 def test_numbers_for_people() -> None:

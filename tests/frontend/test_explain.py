@@ -106,7 +106,7 @@ def test_a_path_is_explained_with_placement_cost_runner_up_and_collectives() -> 
 
 def test_the_whole_plan_names_collectives_memory_and_replicated_work() -> None:
     text = scattered().explain()
-    for word in ("collectives on", "replicated", "memory at the peak", "activations", "state"):
+    for word in ("collectives on", "replicated", "memory at the peak", "gradients", "state"):
         assert word in text, word
 
 
@@ -122,7 +122,7 @@ def test_memory_at_the_peak_adds_up() -> None:
     assert max(size for _, size in timeline.memory) == timeline.peak_bytes
     owners = memory_by_owner(timeline.at_peak)
     assert sum(size for _, _, size in owners) == timeline.peak_bytes
-    assert {"param", "state", "input", "activations"} <= {kind for kind, _, _ in owners}
+    assert {"param", "state", "input", "gradients"} <= {kind for kind, _, _ in owners}
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,11 @@ from tests.frontend.targets import net
 
 import weft
 from weft.costmodel.cluster import parse_cluster
+from weft.costmodel.simulate import Timeline
 from weft.frontend.options import OPTIONS
 from weft.frontend.plan import Plan
 from weft.frontend.report import Dump, render_report
 from weft.frontend.report_svg import memory_svg, timeline_svg
-from weft.frontend.timeline import Timeline
 from weft.ir.parser import parse_module
 from weft.ir.text import print_module
 

@@ -1,0 +1,156 @@
+"""What the simulator asks the cost model: the time of an action on a rank, alone on its device."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ..ir.module import Function, Op, Value
+from ..ir.opdef import OPS
+from ..ir.signature import SignatureError
+from ..ir.types import DTYPES, Mesh, Placement, TensorType, local_shape
+from .cluster import Cluster
+from .collectives import LOCAL, collective_time_us
+from .devices import DRAM_EFFICIENCY
+from .estimate import op_time_us
+
+Coord = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What a communication moves: the op's name, the most bytes that a member holds before it, and
+    the number of members."""
+
+    name: str
+    bytes: int
+    members: int
+
+
+class Costs(Protocol):
+    """Times in us of actions that have their device and link for themselves."""
+
+    def action_us(self, op: Op, coord: Coord) -> float:
+        """Time of a local action on the rank at a mesh coordinate."""
+
+    def transfer_us(self, transfer: Transfer, axis: str, inter: bool) -> tuple[float, float]:
+        """Time of a transfer along a mesh axis (or `stage`), and that of one of no bytes."""
+
+
+@dataclass
+class ModelCosts:
+    """The cost model's answers, each distinct question asked once.
+
+    Args:
+        functions: the kernel functions of the schedules, by name.
+    """
+
+    mesh: Mesh
+    cluster: Cluster
+    functions: Mapping[str, Function] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._times: dict[Hashable, float] = {}
+        self._shapes: dict[tuple[int, Coord], tuple[int, ...]] = {}
+        self._types: dict[int, int] = {}  # id -> number of an equal type
+        self._numbers: dict[TensorType, int] = {}
+        self._kept: list[TensorType] = []  # so that ids stay valid
+        self._first = (0,) * len(self.mesh.axes)
+
+    def action_us(self, op: Op, coord: Coord) -> float:
+        """Time of a local action. See `Costs`."""
+        key = (
+            op.name,
+            tuple(op.attrs.items()) if op.attrs else (),
+            tuple(op.split.items()) if op.split else (),
+            tuple([self._number(v.type) for v in op.operands]),
+            tuple([self._number(v.type) for v in op.results]),
+            coord,
+        )
+        found = self._times.get(key)
+        if found is None:
+            found = self._times[key] = self._action_us(op, coord)
+        return found
+
+    def _number(self, type: TensorType) -> int:
+        number = self._types.get(id(type))
+        if number is None:
+            number = self._numbers.setdefault(type, len(self._numbers))
+            self._types[id(type)] = number
+            self._kept.append(type)
+        return number
+
+    def _action_us(self, op: Op, coord: Coord) -> float:
+        """A kernel function's call is one launch that reads the region's inputs and writes its
+        outputs: the work of its ops with the launch counted once, and at least the largest."""
+        if op.name == "call":
+            body = self.functions[str(op.attrs["callee"])].ops
+            times = [self.action_us(inner, coord) for inner in body]
+            launch = self.cluster.device.launch_us
+            return max([launch + sum(t - launch for t in times if t > launch), *times], default=0.0)
+        if op.name in LOCAL:  # reads its part, writes it
+            moved = 2 * sum(local_bytes_at(v.type, self.mesh, coord) for v in op.results)
+            device = self.cluster.device
+            return device.launch_us + moved / (device.dram_bytes_per_s * DRAM_EFFICIENCY) * 1e6
+        entry = OPS[op.name]
+        if entry.signature is None and entry.family in ("control", "creation"):
+            return 0.0
+        states = [op.split.get(name, "") for name in self.mesh.names]
+        if any(coord) and (smaller := self._as_largest(op, coord)) is not None:
+            try:
+                return op_time_us(smaller, states, self.mesh, self.cluster)
+            except (SignatureError, KeyError, ValueError):
+                pass  # attributes that name sizes do not fit: the largest shard's time is a bound
+        return op_time_us(op, states, self.mesh, self.cluster)
+
+    def _as_largest(self, op: Op, coord: Coord) -> Op | None:
+        """The op on global shapes whose largest shards are those that this coordinate holds; None
+        where they are already. The cost model always prices the largest shard."""
+        changed = False
+
+        def fit(value: Value) -> Value:
+            nonlocal changed
+            type = value.type
+            mine = local_shape(type, self.mesh, coord)
+            if mine == local_shape(type, self.mesh, self._first):
+                return value
+            changed = True
+            shape = [size * _parts(type, self.mesh, dim) for dim, size in enumerate(mine)]
+            return Value(value.name, TensorType(type.dtype, tuple(shape), type.placement))
+
+        operands, results = tuple(map(fit, op.operands)), tuple(map(fit, op.results))
+        return op.with_(operands=operands, results=results) if changed else None
+
+    def transfer_us(self, transfer: Transfer, axis: str, inter: bool) -> tuple[float, float]:
+        """Time of a transfer, and that of one of no bytes. See `Costs`."""
+        key = (transfer, axis, inter)
+        found = self._times.get(key)
+        if found is None:
+            found = self._times[key] = self._transfer_us(transfer, transfer.bytes, axis, inter)
+            self._times[key, "empty"] = self._transfer_us(transfer, 0, axis, inter)
+        return found, self._times[key, "empty"]
+
+    def _transfer_us(self, transfer: Transfer, size: int, axis: str, inter: bool) -> float:
+        if axis in self.mesh.names:
+            link = self.cluster.axis_link(self.mesh, axis)
+        else:
+            link = self.cluster.inter if inter else self.cluster.intra
+        return collective_time_us(transfer.name, size, transfer.members, link)
+
+
+def local_bytes_at(type: TensorType, mesh: Mesh, coord: Coord) -> int:
+    """Bytes of the shard at a coordinate."""
+    total = DTYPES[type.dtype]
+    for size in local_shape(type, mesh, coord):
+        total *= size
+    return total
+
+
+def _parts(type: TensorType, mesh: Mesh, dim: int) -> int:
+    parts = 1
+    held: tuple[Placement, ...] = type.placement or ()
+    for placement, size in zip(held, mesh.sizes, strict=False):
+        if placement.kind == "S" and placement.dim == dim:
+            parts *= size
+    return parts
