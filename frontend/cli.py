@@ -110,17 +110,19 @@ def compile_command(
               help="Steps between two checkpoints.")  # fmt: skip
 @click.option("--resume", is_flag=True, help="Continue from the latest checkpoint of --save, if any.")
 @click.option("--async-save", is_flag=True, help="Write checkpoints while the next steps run.")
+@click.option("--curve", type=_FOLDER, default=None, metavar="FILE",
+              help="Write the scalar results of each step into this file, as lines of JSON.")  # fmt: skip
 @_diagnosed
 def run(
     folder: Path, steps: int, lr: float | None, seed: int, trace: Path | None, save: Path | None,
-    save_every: int, resume: bool, async_save: bool,
+    save_every: int, resume: bool, async_save: bool, curve: Path | None,
 ) -> None:  # fmt: skip
     """Run an artifact on its example inputs, under torchrun or starting the processes itself."""
     if save is None and (resume or async_save):
         raise RunError("W1001", "--resume and --async-save need --save DIR")
     artifact = Artifact.open(folder)
     run_artifact(artifact, steps=steps, lr=lr, seed=seed, trace=trace, console=console,
-                 saving=Saving(save, save_every, resume, async_save))  # fmt: skip
+                 saving=Saving(save, save_every, resume, async_save, curve))  # fmt: skip
 
 
 @main.command()

@@ -19,6 +19,8 @@ from ..ir.module import Location
 _OWN = f"{Path(__file__).parent}/"
 #: frames below these folders are not the user's: torch, and the frontend itself
 _INTERNAL = (f"{Path(torch.__file__).parent}/", _OWN)
+#: what these put in place of torch's functions stands between the user's call and torch
+_STAND_INS = tuple(_OWN + file for file in ("capture.py", "own_gradients.py", "train_step.py"))
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in ')
 
 
@@ -56,8 +58,8 @@ def user_frames(stack: traceback.StackSummary) -> traceback.StackSummary:
     """The frames of the program that is being traced, outermost first."""
     kept: list[traceback.FrameSummary] = []
     for frame in reversed(stack):
-        if frame.filename in (f"{_OWN}capture.py", f"{_OWN}own_gradients.py"):
-            continue  # what they put in place of torch's functions stands between the user's call and torch
+        if frame.filename in _STAND_INS:
+            continue
         if frame.filename.startswith(_OWN):
             break  # further out is whoever called the tracing
         if not is_internal(frame.filename):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..ir.builder import Builder
 from ..ir.errors import CompileError
-from ..ir.module import Attr, Function, Location, Namer, Value
+from ..ir.module import NOWHERE, Attr, Function, Location, Namer, Value
 from ..ir.types import TensorType
 
 
@@ -132,10 +132,16 @@ def states_of(
     return found
 
 
-def add_updates(entry: Function, updates: Mapping[str, Update], groups: int) -> Function:
+def add_updates(
+    entry: Function, updates: Mapping[str, Update], groups: int, stepped_at: Location = NOWHERE
+) -> Function:
     """Replace the results of role `grad` by updates of parameters, states and the step counter.
 
     Adds the parameters `lr.<group>` (role `lr`), `step` and the optimizer states (role `state`).
+
+    Args:
+        stepped_at: the user's line that calls `optimizer.step()`; where weft wrote the step, an
+            update has the place that first reads its parameter.
     """
     names = [p.name for p in entry.params] + [v.name for op in entry.ops for v in op.results]
     builder = Builder(Namer(tuple(names)))
@@ -147,7 +153,12 @@ def add_updates(entry: Function, updates: Mapping[str, Update], groups: int) -> 
     scalar = TensorType("f64", ())
     rates = [builder.param(scalar, f"lr.{g}", role="lr", name=f"lr.{g}") for g in range(groups)]
     counter = builder.param(scalar, "step", role="state", name="step")
-    step = builder.one("add", [counter, builder.constant(1.0, scalar)])
+    one = builder.constant(1.0, scalar, stepped_at)
+    step = builder.one("add", [counter, one], loc=stepped_at)
+    read_at: dict[str, Location] = {}
+    for op in entry.ops:
+        for value in op.operands:
+            read_at.setdefault(value.name, op.loc)
     kept = [(v, a) for v, a in zip(entry.results, entry.result_attrs, strict=True)
             if a.get("role") != "grad"]  # fmt: skip
     results = [(step, {"role": "update", "updates": "step"})]
@@ -157,7 +168,8 @@ def add_updates(entry: Function, updates: Mapping[str, Update], groups: int) -> 
         states = [builder.param(param.type, f"{key}/{name}", role="state", name=f"{key}/{name}")
                   for key in update.states]  # fmt: skip
         operands = [param, grad, *states, step, rates[update.group]]
-        loc = Location(name.rpartition(".")[0])
+        place = stepped_at if stepped_at.file else read_at.get(param.name, NOWHERE)
+        loc = Location(name.rpartition(".")[0], place.file, place.line)
         outs = builder.many(update.op, operands, update.attrs, loc=loc)
         targets = [name, *(f"{key}/{name}" for key in update.states)]
         results += [(value, {"role": "update", "updates": target})

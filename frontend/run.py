@@ -14,6 +14,7 @@ from ..ir.errors import RunError
 from ..runtime.artifact import Artifact
 from ..runtime.executable import Executable, world_mismatch
 from ..runtime.launch import launch
+from .curve import Curve
 from .describe import human_bytes
 from .options import OPTIONS
 
@@ -34,18 +35,21 @@ class Saving:
         every: steps between two; there is one after the last step too.
         resume: continue from the latest one, if there is one.
         asynchronous: write them while the next steps run.
+        curve: file of each step's scalar results; None for none.
     """
 
     folder: Path | None = None
     every: int = 1
     resume: bool = False
     asynchronous: bool = False
+    curve: Path | None = None
 
     def flags(self) -> list[str]:
         """The flags of `weft run` that say the same."""
+        flags = [] if self.curve is None else ["--curve", str(self.curve)]
         if self.folder is None:
-            return []
-        flags = ["--save", str(self.folder), "--save-every", str(self.every)]
+            return flags
+        flags += ["--save", str(self.folder), "--save-every", str(self.every)]
         flags += ["--resume"] if self.resume else []
         return flags + (["--async-save"] if self.asynchronous else [])
 
@@ -99,7 +103,9 @@ def _run(
             reason="the program was traced without data",
             hint='load it with weft.load("...") and pass your own to step()',
         )
-    for step in range(_start(exe, saving, console), steps):
+    start = _start(exe, saving, console)
+    curve = Curve(saving.curve, start) if saving.curve is not None and exe.rank == 0 else None
+    for step in range(start, steps):
         last = step == steps - 1
         if trace is not None and last:
             with exe.program.tracing(trace):
@@ -109,6 +115,8 @@ def _run(
         log.debug("rank %d: step %d done", exe.rank, step)
         if exe.rank == 0:
             shown = ", ".join(
+        if curve is not None:
+            curve.add(step, results)
                 f"{float(r):.6f}" if r.numel() == 1 else f"{list(r.shape)}" for r in results
             )
             console.print(f"step {step}  {shown}", markup=False)

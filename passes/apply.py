@@ -131,8 +131,9 @@ class _Applier:
             self._op(index, op)
         for value, placement in zip(function.results, interface.results, strict=True):
             _place(value, placement, self.mesh, f"result of @{function.name}")
+        made_at = {value.name: op.loc for op in function.ops for value in op.results}
         results = tuple(
-            self._read(value, placement, NOWHERE)
+            self._read(value, placement, made_at.get(value.name, NOWHERE))
             for value, placement in zip(function.results, interface.results, strict=True)
         )
         return function.with_(params=params, ops=tuple(self.ops), results=results)

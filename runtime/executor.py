@@ -6,7 +6,6 @@ and optimizer states live here as local shards; inputs come as whole tensors and
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from math import prod
 from types import TracebackType
@@ -25,6 +24,7 @@ from .sections import Section
 from .shards import local
 from .trace import Trace
 from .wrapper import Kernel, Wrapper
+from .watch import first_line, together
 
 #: What an action can raise on its own; programming errors of other kinds pass through unchanged.
 ACTION_ERRORS = (
@@ -152,21 +152,22 @@ class Executor:
                 raise self._failed(error) from error
             types = [self.function.results[position].type for position in section.returned]
             pairs = zip(results, types, strict=True)
-            return [self.comm.gather(tensor, type) for tensor, type in pairs], left
+            with together("gathers the results of its step"):
+                return [self.comm.gather(tensor, type) for tensor, type in pairs], left
 
     def _failed(self, error: BaseException) -> RunError:
         """The diagnostic for an error that an action raised."""
         op = self._action(error.__traceback__)
         if op is None:
-            return RunError("W0803", f"rank {self.rank} failed", reason=_first_line(error))
+            return RunError("W0803", f"rank {self.rank} failed", reason=first_line(error))
         shown = self._transfer(op)
         what = f"{op.name} ({', '.join(map(str, op.results))})" if op.results else op.name
         if shown is not op:
             what = f"{what} for {shown.name} over {shown.attrs.get('axis', 'its peer')}"
         place = f" of {shown.loc}" if str(shown.loc) else ""
-        reason, hint = _first_line(error), ""
+        reason, hint = first_line(error), ""
         if op.name in COMMUNICATION or op.name == "wait":
-            culprits = self.comm.roll_call()
+            culprits = self.comm.roll_call(f"{what}{place}: {reason}")
             reason = "; ".join([*culprits, reason])
             hint = "look at the output of the rank named first" if culprits else ""
         else:
@@ -203,15 +204,6 @@ class Executor:
         return fixed + peak_bytes(
             self.function, self.mesh, self.comm.coord, frozenset(self.wrapper.constants)
         )
-
-
-#: gloo's source position before, and its advice behind, the cause of an error
-_NOISE = re.compile(r"^\[/[^\]]*\] |\. This is typically caused by.*$")
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return f"{type(error).__name__}: {_NOISE.sub('', text.splitlines()[0])}"
 
 
 def peak_bytes(

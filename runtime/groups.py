@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..ir.errors import RunError
 from ..ir.types import Mesh, TensorType, local_shape
-from .watch import watch
+from .watch import together, watch
 
 #: Seconds after which a collective that some rank does not join raises: long enough for a rank
 #: that compiles kernels or writes a checkpoint meanwhile, short enough to notice on the same day.
@@ -80,10 +80,11 @@ class Groups:
         key = (ranks, self.timeout_s)
         found = _GROUPS.get(key)
         if found is None or found[0] is not dist.group.WORLD:
-            group = dist.new_group(
-                list(ranks), timeout=timedelta(seconds=self.timeout_s),
-                use_local_synchronization=True,
-            )  # fmt: skip
+            with together(f"makes the process group of mesh axis {axis!r}"):
+                group = dist.new_group(
+                    list(ranks), timeout=timedelta(seconds=self.timeout_s),
+                    use_local_synchronization=True,
+                )  # fmt: skip
             _GROUPS[key] = found = (dist.group.WORLD, group)
         return found[1]
 
@@ -116,9 +117,9 @@ class Groups:
         if self.watch is not None:
             self.watch.report(text)
 
-    def roll_call(self) -> list[str]:
+    def roll_call(self, where: str = "a transfer") -> list[str]:
         """After a failed transfer: which ranks failed, do not answer, or hold the others up."""
-        return [] if self.watch is None else self.watch.roll_call()
+        return [] if self.watch is None else self.watch.roll_call(where)
 
     def barrier(self) -> None:
         """Wait for all ranks of the world."""

@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -25,10 +27,11 @@ from torch.distributed.rendezvous import rendezvous
 
 from ..ir.errors import RunError
 from .comm import TIMEOUT_S
-from .watch import unwatch, watch
+from .watch import first_line, transfer_failed, unwatch, watch
 
 #: torchrun's summary of the first failure: `rank : 1 (local_rank: 1)` and `exitcode : -9 (pid: 7)`
 _FAILED = re.compile(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", re.DOTALL)
+_DISTRIBUTED = str(Path(dist.__file__).parent)
 #: seconds that torchrun gets to end its ranks: it sends SIGTERM, and SIGKILL after 30 s
 _GRACE_S = 35.0
 #: lines of stderr that are kept to explain a failure
@@ -146,11 +149,19 @@ def init_from_env(kind: str = "", *, timeout_s: float = TIMEOUT_S) -> Iterator[W
     # no device_id: NCCL would then split groups off with all ranks taking part, not members alone
     # torchrun keeps its store over restarts, with the addresses of ranks that are gone
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    base, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
-    dist.init_process_group(
-        "nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s), rank=rank,
-        world_size=size, store=PrefixStore(f"weft/attempt{attempt}", base),
-    )  # fmt: skip
+    limit = timedelta(seconds=timeout_s)
+    try:
+        base, _, _ = next(rendezvous("env://", timeout=limit))
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", timeout=limit, rank=rank, world_size=size,
+            store=PrefixStore(f"weft/attempt{attempt}", base),
+        )  # fmt: skip
+    except (RuntimeError, ValueError) as error:
+        raise RunError(
+            "W0803", f"rank {rank} did not find the other {size - 1} within {timeout_s:g} s",
+            reason=first_line(error),
+            hint="start all ranks with torchrun, and look for the one that ended before",
+        ) from error  # fmt: skip
     try:
         watch()
         yield World(rank, size, device)
@@ -158,6 +169,8 @@ def init_from_env(kind: str = "", *, timeout_s: float = TIMEOUT_S) -> Iterator[W
             torch.cuda.synchronize()
         _end_together(rank, [local] if cuda else None)
     except BaseException as error:
+        if _is_transfers(error):
+            raise transfer_failed("communicates with the others", error) from error
         _tell(error)
         raise
     finally:
@@ -173,12 +186,20 @@ def _end_together(rank: int, devices: list[int] | None) -> None:
     try:
         dist.barrier(device_ids=devices)
     except RuntimeError as error:
-        culprits = here.roll_call() if here is not None else []
+        culprits = here.roll_call("the barrier at its end") if here is not None else []
         raise RunError(
             "W0803", f"rank {rank} came to its end, the others did not",
             reason="; ".join(culprits) or str(error).splitlines()[0],
             hint="all ranks make the same calls in the same order, as many steps on each",
         ) from error  # fmt: skip
+
+
+def _is_transfers(error: BaseException) -> TypeGuard[RuntimeError]:
+    """Did torch.distributed raise it: in a checkpoint, or in a call of the user's own?"""
+    if not isinstance(error, RuntimeError):
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and frames[-1].filename.startswith(_DISTRIBUTED)
 
 
 def _tell(error: BaseException) -> None:

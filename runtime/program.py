@@ -31,6 +31,7 @@ from .executor import Executor
 from .heap import trim
 from .schedule_check import check
 from .trace import Trace
+from .watch import together
 from .wrapper import Kernel
 
 
@@ -127,6 +128,17 @@ class Program:
     def init_state(self, fn: Callable[[str, TensorType], Tensor]) -> None:
         """Set each parameter and buffer to this rank's part of `fn(name, type)`, one at a time.
 
+    def share_state(self, other: Program) -> bool:
+        """Let both programs have one state from now on, that of `other`: a step of either changes it.
+
+        False, and nothing is done, where they do not hold the same tensors in the same places.
+        """
+        mine, theirs = list(self.state_types.items()), list(other.state_types.items())
+        if mine != theirs or self.executor.mesh != other.executor.mesh:
+            return False
+        self.executor.state = other.executor.state
+        return True
+
         `fn` gives a whole tensor, the same on all ranks. Optimizer states start at 0.
         """
         for slot, (name, value) in enumerate(self._kept):
@@ -156,7 +168,8 @@ class Program:
             if dtensor:
                 out[name] = to_dtensor(shard, value.type, self.comm)
                 continue
-            out[name] = self.comm.gather(shard, value.type) if full else shard
+            with together(f"gathers {name!r} of its state"):
+                out[name] = self.comm.gather(shard, value.type) if full else shard
         return out
 
     def set_shards(self, shards: Mapping[str, Tensor]) -> None:
@@ -337,7 +350,8 @@ def same_plan(module: Module, comm: Comm) -> None:
         return
     digest = hashlib.sha256(repr(module).encode()).hexdigest()
     digests: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(digests, digest)
+    with together("compares its plan with the others'"):
+        dist.all_gather_object(digests, digest)
     if len(set(digests)) == 1:
         return
     functions: list[Function] = [module.entry] * len(digests)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import atexit
 import linecache
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -34,9 +35,19 @@ ROLL_CALL_S = 3.0
 #: file names of generated functions begin so (`wrapper.py`)
 GENERATED = "<weft rank"
 _INTERNAL = (f"{Path(torch.__file__).parent}/", f"{Path(__file__).parents[1]}/", "<")
-_CALL = "weft/call"
+_CALL, _TICKETS = "weft/call", "weft/tickets"
 #: first letters of answers: the rank waits for others, it gave up, or it holds others up
 _WAITS, _GAVE_UP, _HOLDS = "w", "g", "h"
+
+
+#: gloo's source position before, and its advice behind, the cause of an error
+_NOISE = re.compile(r"^\[/[^\]]*\] |\. This is typically caused by.*$")
+
+
+def first_line(error: BaseException) -> str:
+    """`ValueError: what it says`, without the noise of gloo."""
+    text = str(error).strip() or type(error).__name__
+    return f"{type(error).__name__}: {_NOISE.sub('', text.splitlines()[0])}"
 
 
 def position(frame: FrameType | None) -> tuple[bool, str]:
@@ -88,6 +99,8 @@ class Watch:
 
     @staticmethod
     def _answer() -> str:
+        if _DOING:
+            return f"{_WAITS}waits for the others, it {_DOING[-1]}"
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         inside, where = position(frame)
         if not inside:
@@ -105,23 +118,29 @@ class Watch:
         with suppress(RuntimeError):
             self.store.set(f"weft/failed/{self.rank}", text)
 
-    def roll_call(self, patience_s: float = ROLL_CALL_S) -> list[str]:
-        """After a failed transfer: the ranks that failed, are dead, or hold the others up."""
+    def roll_call(self, where: str, patience_s: float = ROLL_CALL_S) -> list[str]:
+        """After a failed transfer: the ranks that failed, are dead, or hold the others up.
+
+        Args:
+            where: the transfer and its error, which the others hear if no other reason is found.
+        """
         found: list[str] = []
         self.calling = True
         # a stopped rank may hold the store, whose requests have no time limit
-        asking = threading.Thread(target=self._ask, args=(patience_s, found), daemon=True)
+        asking = threading.Thread(target=self._ask, args=(where, patience_s, found), daemon=True)
         asking.start()
         asking.join(patience_s + 2 * POLL_S)
         self.calling = False
         return list(found) or ([_NO_STORE] if asking.is_alive() else [])
 
-    def _ask(self, patience_s: float, found: list[str]) -> None:
+    def _ask(self, where: str, patience_s: float, found: list[str]) -> None:
         others = [rank for rank in range(self.world) if rank != self.rank]
         answers: dict[int, str] = {}
         until = time.monotonic() + patience_s
-        self._fixed = self._fixed or f"{_GAVE_UP}gave up: a transfer failed"
         try:
+            if not self._fixed:  # those who gave up are told apart by who was the first
+                ticket = self.store.add(_TICKETS, 1)
+                self._fixed = f"{_GAVE_UP}{ticket:06d} gave up in {where}"
             self.store.set(_CALL, "")
             self.store.set(f"weft/answer/{self.rank}", self._fixed)
             while len(answers) < len(others) and time.monotonic() < until:
@@ -150,18 +169,52 @@ _NO_STORE = "the rank that holds the store of torch.distributed does not answer"
 
 
 def _culprits(others: Sequence[int], answers: dict[int, str]) -> list[str]:
-    """Dead ranks; without any, those that hold others up; without any, those that gave up."""
+    """Dead ranks; without any, those that hold others up; without any, the first that gave up."""
     silent = [r for r in others if r not in answers]
     if silent:
         return [f"rank {r} does not answer, it is dead or stopped" for r in silent]
-    for kind in (_HOLDS, _GAVE_UP):
-        chosen = [r for r in others if answers[r].startswith(kind)]
-        if chosen:
-            return [f"rank {r} {answers[r][1:]}" for r in chosen]
-    return []
+    holding = [r for r in others if answers[r].startswith(_HOLDS)]
+    if holding:
+        return [f"rank {r} {answers[r][1:]}" for r in holding]
+    gave_up = [(answers[r], r) for r in others if answers[r].startswith(_GAVE_UP)]
+    return [f"rank {r} {text.partition(' ')[2]}" for text, r in sorted(gave_up)[:1]]
 
 
 _WATCH: list[Watch] = []
+#: what this rank does together with the others outside of actions, innermost last
+_DOING: list[str] = []
+
+
+@contextmanager
+def together(doing: str) -> Iterator[None]:
+    """Around communication outside of actions: where it fails, the others are asked why.
+
+    Args:
+        doing: what all ranks do here, `gathers its results`.
+
+    Raises RunError W0803 in place of an error of torch.distributed.
+    """
+    _DOING.append(doing)
+    try:
+        yield
+    except RunError:
+        raise
+    except RuntimeError as error:
+        raise transfer_failed(doing, error) from error
+    finally:
+        _DOING.pop()
+
+
+def transfer_failed(doing: str, error: RuntimeError) -> RunError:
+    """The diagnostic for communication outside of actions; asks the other ranks."""
+    here, told = watch(), first_line(error)
+    culprits = here.roll_call(f"what all do together, it {doing}: {told}") if here else []
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return RunError(
+        "W0803", f"rank {rank} failed while it {doing}", reason="; ".join([*culprits, told]),
+        hint="look at the output of the rank named first" if culprits else
+        "all ranks make the same calls in the same order",
+    )  # fmt: skip
 
 
 def watch() -> Watch | None:
@@ -200,11 +253,14 @@ def _on_sigterm(number: int, frame: FrameType | None) -> None:
     here = _WATCH[0]
     inside, where = position(frame)
     if inside:
-        why = "; ".join(here.roll_call()) or "no other rank says why"
+        why = "; ".join(here.roll_call(f"{where}: SIGTERM")) or "no other rank says why"
         sys.stderr.write(f"[W0803] rank {here.rank} was ended in {where}\n  why: {why}\n")
         sys.stderr.flush()
     signal.signal(number, signal.SIG_DFL)
     signal.raise_signal(number)
 
 
-__all__ = ["POLL_S", "ROLL_CALL_S", "Watch", "position", "unwatch", "watch"]
+__all__ = [
+    "POLL_S", "ROLL_CALL_S", "Watch", "first_line", "position", "together", "transfer_failed",
+    "unwatch", "watch",
+]  # fmt: skip

@@ -13,10 +13,13 @@ from random import Random
 
 import psutil
 import pytest
+import torch
 from click.testing import CliRunner
 
 from weft.frontend import cli
 from weft.frontend.cli import main
+from weft.frontend.curve import Curve, read_curve
+from weft.ir.errors import RunError
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
@@ -85,20 +88,47 @@ def run_with_kills(folder: Path, ranks: int, kills: Sequence[int], seed: int, *a
 def test_killed_ranks_continue_on_the_same_curve_also_on_fewer_ranks(tmp_path: Path) -> None:
     two = compiled(tmp_path / "two", "1x2:cpu", "random-place[mesh=2 seed=3]")
     one = compiled(tmp_path / "one", "1x1:cpu", "random-place[mesh=1 seed=0]")
-    want = curve(run_with_kills(two, 2, (), 0, "--steps", str(STEPS)))
-    assert len(want) == STEPS
-    saving = ["--save", str(tmp_path / "kept"), "--save-every", "3", "--resume"]
-    early = str(STEPS - 10)
-    text = run_with_kills(two, 2, (6, 20), 1, "--steps", early, *saving, "--async-save")
+    whole, again = tmp_path / "whole.curve", tmp_path / "again.curve"
+    run_with_kills(two, 2, (), 0, "--steps", str(STEPS), "--curve", str(whole))
+    want = read_curve(whole)
+    assert list(want) == list(range(STEPS))
+    saving = ["--save", str(tmp_path / "kept"), "--save-every", "3", "--resume", "--curve", str(again)]
+    early = STEPS - 10
+    text = run_with_kills(two, 2, (6, 20), 1, "--steps", str(early), *saving, "--async-save")
     assert text.count("resumed after") == 2
-    for step, loss in curve(text).items():
-        assert loss == want[step], step
-    assert set(curve(text)) == set(range(STEPS - 10))
+    assert read_curve(again) == {step: want[step] for step in range(early)}  # to the bit
     result = CliRunner().invoke(main, ["run", str(one), "--steps", str(STEPS), *saving])
     assert result.exit_code == 0, result.output
-    last = curve(result.output)
-    assert set(last) == set(range(STEPS - 10, STEPS))
-    assert all(float(last[s]) == pytest.approx(float(want[s]), rel=1e-5, abs=2e-6) for s in last)
+    assert set(curve(result.output)) == set(range(early, STEPS))
+    last = read_curve(again)
+    assert list(last) == list(range(STEPS))
+    assert all(last[step] == pytest.approx(want[step], rel=1e-6) for step in last)
+
+
+def test_a_curve_is_cut_where_a_run_is_resumed_and_a_torn_line_is_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "curve"
+    first = Curve(file, 0)
+    for step in range(4):
+        first.add(step, [torch.tensor(1 / (step + 3), dtype=torch.float64), torch.ones(2)])
+    with file.open("a") as stream:
+        stream.write('{"step": 4, "resu')
+    assert read_curve(file) == {step: [1 / (step + 3)] for step in range(4)}
+    Curve(file, 2).add(2, [torch.tensor(0.5)])
+    assert read_curve(file) == {0: [1 / 3], 1: [1 / 4], 2: [0.5]}
+    Curve(file, 0)
+    assert read_curve(file) == {}
+
+
+def test_a_file_that_is_no_curve_and_one_that_cannot_be_written_are_diagnosed(tmp_path: Path) -> None:
+    other = tmp_path / "notes.txt"
+    other.write_text("remember the milk\n")
+    with pytest.raises(RunError, match="is not a curve of weft run") as error:
+        Curve(other, 3)
+    assert error.value.code == "W1001" and error.value.hint
+    assert other.read_text() == "remember the milk\n"
+    with pytest.raises(RunError, match="cannot be written") as error:
+        Curve(other / "below" / "curve", 0)
+    assert error.value.reason and error.value.hint
 
 
 def test_resume_needs_a_folder_and_starts_in_an_empty_one(tmp_path: Path) -> None:
