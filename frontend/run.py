@@ -113,10 +113,10 @@ def _run(
         else:
             results = exe.step(*inputs, lr=lr, seed=seed + step)
         log.debug("rank %d: step %d done", exe.rank, step)
-        if exe.rank == 0:
-            shown = ", ".join(
         if curve is not None:
             curve.add(step, results)
+        if exe.rank == 0:
+            shown = ", ".join(
                 f"{float(r):.6f}" if r.numel() == 1 else f"{list(r.shape)}" for r in results
             )
             console.print(f"step {step}  {shown}", markup=False)
