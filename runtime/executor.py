@@ -23,8 +23,8 @@ from .schedule_check import check
 from .sections import Section
 from .shards import local
 from .trace import Trace
-from .wrapper import Kernel, Wrapper
 from .watch import first_line, together
+from .wrapper import Kernel, Wrapper
 
 #: What an action can raise on its own; programming errors of other kinds pass through unchanged.
 ACTION_ERRORS = (

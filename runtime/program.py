@@ -125,9 +125,6 @@ class Program:
         for slot, shard in shards.items():
             self.executor.state[slot] = shard
 
-    def init_state(self, fn: Callable[[str, TensorType], Tensor]) -> None:
-        """Set each parameter and buffer to this rank's part of `fn(name, type)`, one at a time.
-
     def share_state(self, other: Program) -> bool:
         """Let both programs have one state from now on, that of `other`: a step of either changes it.
 
@@ -138,6 +135,9 @@ class Program:
             return False
         self.executor.state = other.executor.state
         return True
+
+    def init_state(self, fn: Callable[[str, TensorType], Tensor]) -> None:
+        """Set each parameter and buffer to this rank's part of `fn(name, type)`, one at a time.
 
         `fn` gives a whole tensor, the same on all ranks. Optimizer states start at 0.
         """
