@@ -7,6 +7,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from types import TracebackType
 from typing import Any
@@ -19,8 +20,9 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
 )
-from torch.export import ExportedProgram, default_decompositions, export
-from torch.fx import GraphModule, Interpreter
+from torch.export import Dim, ExportedProgram, default_decompositions, export
+from torch.export.graph_signature import ExportGraphSignature
+from torch.fx import Graph, GraphModule, Interpreter
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.proxy import TracerBase
 from torch.overrides import TorchFunctionMode
@@ -44,8 +46,8 @@ from .locate import user_frames, user_span, user_traceback
 
 #: importing them fills TABLE
 _ENTRIES = (
-    aten_contract, aten_create, aten_index, aten_loss, aten_move, aten_norm, aten_pointwise,
-    aten_pool, aten_reduce,
+    aten_contract, aten_create, aten_index, aten_loss, aten_move, aten_norm,
+    aten_pointwise, aten_pool, aten_reduce,
 )  # fmt: skip
 
 _DATA_DEPENDENT = (
@@ -81,21 +83,45 @@ def decompositions() -> Mapping[Any, Callable[..., Any]]:
     return {op: rule for op, rule in table if str(op) not in TABLE}
 
 
-def capture(root: torch.nn.Module, tensors: Sequence[Tensor]) -> ExportedProgram:
+#: for each input tensor, the dims whose size may vary, with least and largest size (None: any)
+VaryingDims = Sequence[Mapping[int, tuple[int, int | None]]]
+
+
+@dataclass(frozen=True)
+class AtenProgram:
+    """What capturing leaves of `torch.export.ExportedProgram`; the fields are its own."""
+
+    graph: Graph
+    graph_signature: ExportGraphSignature
+    state_dict: Mapping[str, Any]
+    constants: Mapping[str, Any]
+
+
+def capture(
+    root: torch.nn.Module, tensors: Sequence[Tensor], varying: VaryingDims = ()
+) -> AtenProgram:
     """The ATen graph of `root(*tensors)`: functional, with the operators that weft knows whole.
 
     Values under no_grad and behind detach carry `weft::stop_gradient`. Needs no data: meta
-    tensors will do.
+    tensors will do. A dim of `varying` is a symbol in the graph, unless the program fixes it.
 
     Raises CompileError W0301, W0302; an exception of the user's program passes through.
     """
+    dims = (tuple(_hints(row) for row in varying),) if any(varying) else None
     with diagnosed(), _places():
-        program: ExportedProgram = export(root, tuple(tensors), strict=False)
+        program: ExportedProgram = export(root, tuple(tensors), dynamic_shapes=dims, strict=False)
     with diagnosed():
         _mark_stops(program.graph_module)
         _run_by_node(program.graph_module)
         decomposed: ExportedProgram = program.run_decompositions(dict(decompositions()))
-    return decomposed
+    return AtenProgram(
+        decomposed.graph, decomposed.graph_signature, decomposed.state_dict, decomposed.constants
+    )
+
+
+def _hints(row: Mapping[int, tuple[int, int | None]]) -> dict[int, Any]:
+    """Dims as torch.export takes them: what the program fixes becomes a number, not an error."""
+    return {dim: Dim.AUTO(min=low or None, max=high) for dim, (low, high) in row.items()}
 
 
 @contextmanager

@@ -45,7 +45,12 @@ def _plain_view(instance: torch.nn.Module, cls: type[torch.nn.Module]) -> torch.
 
 
 def compile(
-    target: Any = None, *, cluster: str = "", mesh: str | DeviceMesh = "", **options: Any
+    target: Any = None,
+    *,
+    cluster: str = "",
+    mesh: str | DeviceMesh = "",
+    dynamic_shapes: Any = None,
+    **options: Any,
 ) -> Any:
     """Compile a module class, a module, a function, or a train step `(model, optimizer, *batch)`.
 
@@ -56,17 +61,22 @@ def compile(
         cluster: shorthand or TOML path; by default torchrun's world, or this one device.
         mesh: axis sizes such as `2x2`, or a DeviceMesh, whose names, sizes and process groups are
             used; all default meshes are tried without it.
+        dynamic_shapes: sizes of inputs that may vary, by input name, as `torch.export.export` takes
+            them: `{"ids": {0: torch.export.Dim("batch", max=64)}}`. One trace and one search then
+            serve all sizes, as for tensors with `torch._dynamo.mark_dynamic`.
         options: fields of `Options`.
 
     Raises CompileError, now for unknown options and at the first call for the program.
     """
     if target is None:
-        return functools.partial(compile, cluster=cluster, mesh=mesh, **options)
+        return functools.partial(
+            compile, cluster=cluster, mesh=mesh, dynamic_shapes=dynamic_shapes, **options
+        )
     chosen = OPTIONS.with_(options)
     configure(chosen.logs)
 
     def compiler() -> Compiler:
-        return Compiler(cluster or chosen.cluster, mesh, chosen)
+        return Compiler(cluster or chosen.cluster, mesh, chosen, dynamic_shapes)
 
     if inspect.isclass(target) and issubclass(target, torch.nn.Module):
         return _compile_class(target, compiler)

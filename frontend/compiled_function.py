@@ -10,14 +10,16 @@ import torch
 
 from ..ir.errors import CompileError
 from .api import named_inputs
+from .calls import Call
+from .capture import VaryingDims
 from .compiled_step import TrainStep
 from .driver import Program
-from .entries import Compiler, Entry, Key, mode_of, tensors_of
+from .entries import Compiler, Entry, mode_of
 from .load_target import is_train_step
 from .owners import bring_up_to_date
 from .plan import Plan
 from .structure import Structure
-from .trace import trace_forward
+from .trace import Captured, Traced, capture_forward, input_names
 from .tracebacks import shows_users_frames
 
 
@@ -36,20 +38,24 @@ class CompiledFunction:
         if is_train_step(self.function, args):
             return self._train_step()(*args, **kwargs)
         modules = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.nn.Module)]
-        key = Key.of(args, kwargs, mode_of(*modules))
+        name = getattr(self.function, "__qualname__", "function")
 
-        def trace() -> tuple[Program, Structure]:
-            traced = trace_forward(self.function, args, kwargs)
+        def finish(traced: Traced) -> tuple[Program, Structure]:
             named = named_inputs(traced.input_names, args, kwargs)
-            name = getattr(self.function, "__qualname__", "function")
-            return Program(
-                "forward", name, traced.module, traced.tensors, named, {}
-            ), traced.outputs
+            program = Program("forward", name, traced.module, traced.tensors, named, {})
+            return program, traced.outputs
+
+        def capture(varying: VaryingDims) -> Captured[tuple[Program, Structure]]:
+            return capture_forward(self.function, args, kwargs, varying).then(finish)
+
+        def names() -> list[str]:
+            return input_names(self.function, args, kwargs)
 
         bring_up_to_date(*modules)
-        entry = self._last = self.compiler.find(key, trace)
+        call = Call.of(self.function, args, kwargs, mode_of(*modules), names, capture)
+        entry = self._last = self.compiler.find(call)
         entry.running.load_state(entry.plan.weights, strict=False)
-        tensors = tensors_of(args, kwargs)
+        tensors = (tensor.detach() for tensor in call.tensors)
         return entry.outputs.build(entry.running.step(*tensors, seed=self.compiler.seed()))
 
     def __getattr__(self, name: str) -> Any:

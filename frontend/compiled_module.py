@@ -13,15 +13,17 @@ from ..ir.errors import CompileError
 from ..runtime.checkpoint import Checkpoints
 from ..runtime.checkpoint_whole import WholeState
 from .api import named_inputs
+from .calls import Call
+from .capture import VaryingDims
 from .driver import Program
-from .entries import Compiler, Entry, Key, mode_of, state_of
+from .entries import Compiler, Entry, mode_of, state_of
 from .module_state import load_module, module_state
 from .owners import bring_up_to_date
 from .plan import Plan
 from .structure import Structure, flatten
-from .trace import trace_forward
+from .trace import Captured, Traced, capture_forward, input_names
 from .tracebacks import shows_users_frames
-from .train_step import trace_joint
+from .train_step import TracedJoint, capture_joint
 from .world import join_world
 
 
@@ -71,8 +73,14 @@ class CompiledModule(torch.nn.Module):
         learned = [p for p in self.module.parameters() if p.requires_grad]
         joint = torch.is_grad_enabled() and bool(learned or any(t.requires_grad for t in tensors))
         bring_up_to_date(self.module)
-        key = Key.of(args, kwargs, (joint, *mode_of(self.module)))
-        entry = self.compiler.find(key, lambda: self._trace(joint, args, kwargs))
+        mode = (joint, *mode_of(self.module))
+        entry = self.compiler.find(
+            Call.of(
+                self.module, args, kwargs, mode,
+                lambda: input_names(self.module, args, kwargs),
+                lambda varying: self._capture(joint, args, kwargs, varying),
+            )
+        )  # fmt: skip
         self._last = entry
         self._load(entry)
         if not joint:
@@ -82,15 +90,18 @@ class CompiledModule(torch.nn.Module):
         run: Callable[..., Any] = _Joint.apply
         return entry.outputs.build(run(self, entry, tensors, *wanted))
 
-    def _trace(
-        self, joint: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Program, Structure]:
-        trace = trace_joint if joint else trace_forward
-        traced = trace(self.module, args, kwargs)
-        named = named_inputs(traced.input_names, args, kwargs)
-        name = type(self.module).__qualname__
-        kind = "joint" if joint else "forward"
-        return Program(kind, name, traced.module, traced.tensors, named, {}), traced.outputs
+    def _capture(
+        self, joint: bool, args: tuple[Any, ...], kwargs: dict[str, Any], varying: VaryingDims
+    ) -> Captured[tuple[Program, Structure]]:
+        name, kind = type(self.module).__qualname__, "joint" if joint else "forward"
+
+        def finish(traced: Traced | TracedJoint) -> tuple[Program, Structure]:
+            named = named_inputs(traced.input_names, args, kwargs)
+            return Program(kind, name, traced.module, traced.tensors, named, {}), traced.outputs
+
+        if joint:
+            return capture_joint(self.module, args, kwargs, varying).then(finish)
+        return capture_forward(self.module, args, kwargs, varying).then(finish)
 
     def begin(self, entry: Entry, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Run a joint plan up to its outputs."""

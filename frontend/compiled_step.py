@@ -11,14 +11,17 @@ from torch import Tensor
 
 from ..ir.errors import CompileError
 from .api import step_program
+from .calls import Call
+from .capture import VaryingDims
 from .driver import Program
-from .entries import Compiler, Entry, Key, mode_of, state_of, tensors_of
+from .entries import Compiler, Entry, mode_of, state_of
 from .owners import register
 from .plan import Plan
 from .state import StepState
 from .structure import Structure
+from .trace import Captured, input_names
 from .tracebacks import shows_users_frames
-from .train_step import trace_train_step
+from .train_step import TracedStep, capture_train_step
 
 
 class TrainStep(StepState):
@@ -54,16 +57,26 @@ class TrainStep(StepState):
             )
         self._owner = model, optimizer
 
-        def trace() -> tuple[Program, Structure]:
-            traced = trace_train_step(self.function, model, optimizer, batch, kwargs)
-            name = getattr(self.function, "__qualname__", "train_step")
+        name = getattr(self.function, "__qualname__", "train_step")
+
+        def finish(traced: TracedStep) -> tuple[Program, Structure]:
             return step_program(name, traced, batch, kwargs), traced.outputs
 
-        entry = self.compiler.find(Key.of(batch, kwargs, mode_of(model)), trace)
+        def capture(varying: VaryingDims) -> Captured[tuple[Program, Structure]]:
+            captured = capture_train_step(
+                self.function, model, optimizer, batch, kwargs, varying
+            )
+            return captured.then(finish)
+
+        def names() -> list[str]:
+            return input_names(self.function, (None, None, *batch), kwargs)
+
+        call = Call.of(self.function, batch, kwargs, mode_of(model), names, capture)
+        entry = self.compiler.find(call)
         self._take_changes(model)
         if entry is not self._current:
             self._move_state(entry)
-        tensors = list(tensors_of(batch, kwargs))
+        tensors = [tensor.detach() for tensor in call.tensors]
         rates = [float(group["lr"]) for group in optimizer.param_groups]
         results = entry.running.step(*tensors, lr=rates, seed=self.compiler.seed())
         vars(optimizer)["_opt_called"] = True  # schedulers of torch warn without it
@@ -75,7 +88,7 @@ class TrainStep(StepState):
         first = self._current is None
         if self._current is None:
             entry.running.load_state(entry.plan.weights)
-        else:
+        elif not entry.running.share_state(self._current.running):
             entry.running.load_state(self._current.running.state_dict(), strict=False)
         self._current = entry
         if first:

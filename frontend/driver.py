@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,11 @@ from torch import Tensor
 from ..costmodel.cluster import parse_cluster
 from ..ir.module import Module
 from ..passes.base import Pass
+from ..passes.carry import Carry
 from ..passes.manager import PassManager
 from ..passes.pipeline import parse_pipeline
+from ..passes.place import Place
+from ..passes.random_place import RandomPlace
 from ..passes.registry import PASSES
 from .differentiate import Differentiate
 from .options import Options
@@ -32,6 +35,10 @@ _PATIENCE_S = 2.0
 
 #: every pass that a pipeline's text may name: those of the floor below, and this floor's own
 ALL_PASSES: dict[str, type[Pass]] = {**PASSES, Differentiate.name: Differentiate}
+
+
+#: the passes that decide where everything is
+_PLACING = (Place, RandomPlace)
 
 
 def default_pipeline(kind: str, cluster: str, mesh: str = "") -> str:
@@ -95,12 +102,19 @@ class Program:
 
 
 def plan_program(
-    program: Program, cluster: str, mesh: str, options: Options, progress: Progress
+    program: Program,
+    cluster: str,
+    mesh: str,
+    options: Options,
+    progress: Progress,
+    known: Sequence[Module] = (),
 ) -> Plan:
     """Plan a traced program for a cluster.
 
     Args:
         mesh: axis sizes such as `2x2`, or empty to search for the best mesh.
+        known: placed modules of the same program at other sizes; the one that suits is taken over
+            in place of a search.
 
     Raises CompileError.
     """
@@ -110,8 +124,11 @@ def plan_program(
         len(program.module.entry.params), program.kind,
     )  # fmt: skip
     text = options.pipeline or default_pipeline(program.kind, cluster, mesh)
+    passes = parse_pipeline(text, ALL_PASSES)
+    if known:
+        passes = tuple(Carry(p, tuple(known)) if isinstance(p, _PLACING) else p for p in passes)
     manager = PassManager(
-        parse_pipeline(text, ALL_PASSES),
+        passes,
         verify_each=options.verify_each,
         reproducers=options.cache / "reproducers",
         progress=lambda index, count, item: progress(f"{item.name} ({index + 1} of {count})"),

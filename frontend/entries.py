@@ -1,14 +1,14 @@
 """Plans that are kept: one for each signature of a program's inputs.
 
-A signature is structure, shapes, dtypes, values that are no tensors, train or eval mode. Another
-one plans again, and the log says what changed.
+A signature is structure, shapes, dtypes, values that are no tensors, train or eval mode. Where a
+trace serves several sizes (`tracings.py`), their plans share the placement that was searched first.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,41 +18,20 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..ir.errors import CompileError
+from ..passes.carry import CARRIED
 from ..runtime.comm import Comm
 from ..runtime.program import Program as Running
+from .calls import Call, Key
 from .device_mesh import mesh_option, use_mesh
 from .driver import Program, Progress, plan_program
 from .options import Options
 from .plan import Plan
-from .structure import Structure, flatten
+from .structure import Structure
+from .tracings import Tracing, Tracings
 from .world import join_world, world_cluster
 
-log = logging.getLogger("weft")
-
-
-@dataclass(frozen=True)
-class Key:
-    """What a plan is made for."""
-
-    tensors: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
-    body: str
-    mode: tuple[bool, ...]
-
-    @staticmethod
-    def of(args: Sequence[Any], kwargs: Mapping[str, Any], mode: tuple[bool, ...]) -> Key:
-        """The key of a call."""
-        tensors, names, structure = flatten((tuple(args), dict(kwargs)))
-        rows = zip(names, tensors, strict=True)
-        return Key(tuple((n, tuple(t.shape), t.dtype) for n, t in rows), repr(structure.body), mode)
-
-    def changes(self, old: Key) -> str:
-        """What differs from another key, in the user's terms."""
-        before = {name: (shape, dtype) for name, shape, dtype in old.tensors}
-        for name, shape, dtype in self.tensors:
-            if name in before and before[name] != (shape, dtype):
-                was = f"{before[name][1]}{list(before[name][0])}"
-                return f"input {name or '0'} was {was}, now it is {dtype}{list(shape)}"
-        return "train or eval mode changed" if self.mode != old.mode else "the inputs changed"
+#: plans of one program that are kept; the one that was used least recently goes
+KEPT_PLANS = 64
 
 
 @dataclass
@@ -81,42 +60,39 @@ class Entry:
 class Compiler:
     """Plans and keeps plans; shared by all kinds of compiled programs."""
 
-    def __init__(self, cluster: str, mesh: str | DeviceMesh, options: Options) -> None:
+    def __init__(
+        self,
+        cluster: str,
+        mesh: str | DeviceMesh,
+        options: Options,
+        dynamic_shapes: Any = None,
+    ) -> None:
         self.cluster, self.mesh, self.options = cluster, mesh, options
-        self.entries: dict[Key, Entry] = {}
-        self._last: Key | None = None
+        self.entries: OrderedDict[Key, Entry] = OrderedDict()
+        self.tracings = Tracings(dynamic_shapes)
         self._seeds: tuple[int, int] | None = None
 
-    def find(self, key: Key, trace: Callable[[], tuple[Program, Structure]]) -> Entry:
-        """The entry of a key, made by tracing and planning where there is none."""
-        found = self.entries.get(key)
+    def find(self, call: Call) -> Entry:
+        """The plan for a call, made where there is none.
+
+        Raises CompileError, among others W0306 for a size out of its bounds.
+        """
+        found = self.entries.get(call.key)
         if found is None:
-            if self._last is not None:
-                hint = "keep shapes fixed, or pad, to avoid this"
-                log.warning("weft plans again: %s; %s", key.changes(self._last), hint)
-            found = self.entries[key] = self._make(*trace())
-        self._last = key
+            found = self.entries[call.key] = self._make(call, self.tracings.find(call))
+            if len(self.entries) > KEPT_PLANS:
+                self.entries.popitem(last=False)
+        self.entries.move_to_end(call.key)
+        self.tracings.seen(call.key)
         return found
 
-    def _make(self, program: Program, outputs: Structure) -> Entry:
-        world = join_world()
-        cluster = self.cluster or world_cluster(world)
-        mesh = mesh_option(self.mesh)
-        progress = Progress(self.options.progress and world.rank == 0)
-        try:
-            plan = plan_program(program, cluster, mesh, self.options, progress)
-        finally:
-            progress.stop()
+    def _make(self, call: Call, tracing: Tracing) -> Entry:
+        program, outputs = tracing.lower(call)
+        plan = self._plan(program, tracing)
         module = plan.module("schedule")
-        if plan.mesh.size != world.size:
-            raise CompileError(
-                "W0501",
-                f"the plan is for {plan.mesh.size} ranks ({cluster}), the world has {world.size}",
-                hint=f"torchrun --nproc-per-node {plan.mesh.size}, or leave `cluster` out; "
-                "weft.plan() plans for clusters that are not there",
-            )
         comm = use_mesh(Comm(plan.mesh), self.mesh)
-        running = Running(module, comm, world.device, check_finite=self.options.trace_nan)
+        device = join_world().device
+        running = Running(module, comm, device, check_finite=self.options.trace_nan)
         entry = module.entry
         roles = [(str(a.get("role", "")), str(a.get("name", ""))) for a in entry.param_attrs]
         results = [(str(a.get("role", "")), a) for a in entry.result_attrs]
@@ -130,6 +106,28 @@ class Compiler:
             tuple(n for n in of if isinstance(n, int)),
             tuple(str(a["name"]) for role, a in results if role == "grad"),
         )
+
+    def _plan(self, program: Program, tracing: Tracing) -> Plan:
+        world = join_world()
+        cluster = self.cluster or world_cluster(world)
+        progress = Progress(self.options.progress and world.rank == 0)
+        try:
+            plan = plan_program(
+                program, cluster, mesh_option(self.mesh), self.options, progress, tracing.placed
+            )
+        finally:
+            progress.stop()
+        if plan.mesh.size != world.size:
+            raise CompileError(
+                "W0501",
+                f"the plan is for {plan.mesh.size} ranks ({cluster}), the world has {world.size}",
+                hint=f"torchrun --nproc-per-node {plan.mesh.size}, or leave `cluster` out; "
+                "weft.plan() plans for clusters that are not there",
+            )
+        placed = plan.module("placed")
+        if not placed.attrs.get(CARRIED):
+            tracing.placed.append(placed)
+        return plan
 
     def seed(self) -> int:
         """A seed for the next step: from torch's seed, the same on all ranks."""
@@ -162,8 +160,3 @@ def mode_of(*modules: torch.nn.Module) -> tuple[bool, ...]:
 def state_of(model: torch.nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name; a parameter wins."""
     return {**dict(model.named_buffers()), **dict(model.named_parameters())}
-
-
-def tensors_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors among the inputs, in the entry's order, detached."""
-    return [t.detach() for t in flatten((tuple(args), dict(kwargs)))[0]]

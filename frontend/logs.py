@@ -19,7 +19,8 @@ from .differentiate import Differentiate
 
 #: name -> what it tells
 LOGGERS: dict[str, str] = {
-    "trace": "what is traced, which operators have no rule of their own, plans made again",
+    "trace": "what is traced, which operators have no rule of their own",
+    "recompiles": "why a program is traced and planned again, and how to avoid it",
     "passes": "each pass: time, level, functions and ops; + the pipeline",
     "place": "the placement chosen on each mesh: time, gap, memory; + the split of each op",
     "run": "artifacts and ranks that start, steps; + each step's results",
@@ -53,7 +54,7 @@ def parse_logs(items: Sequence[str]) -> dict[str, int]:
 
 def help_text() -> str:
     """What `WEFT_LOGS=help` prints."""
-    rows = [f"  {name:<8}{what}" for name, what in LOGGERS.items()]
+    rows = [f"  {name:<12}{what}" for name, what in LOGGERS.items()]
     return "\n".join([
         "WEFT_LOGS is a comma-separated list of names, such as trace,+place,-passes:",
         "NAME shows what happens, +NAME all details, -NAME errors only; all stands for every name.",

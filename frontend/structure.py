@@ -7,12 +7,13 @@ structure as constants.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from ..ir.errors import CompileError
@@ -46,13 +47,18 @@ class Structure:
             raise ValueError(f"expected {self.count} tensors, got {len(tensors)}")
         return _build(self.body, tensors)
 
+    def map_constants(self, function: Callable[[Any], Any]) -> Structure:
+        """The structure with `function` of each leaf that is no tensor."""
+        return Structure(_map(self.body, function), self.count)
+
 
 def flatten(obj: Any) -> tuple[list[Tensor], list[str], Structure]:
     """Take the tensors out of a nested object.
 
     Returns the tensors, a name for each from its place (`labels`, `batch.0`; the name of an object
     that is itself a tensor is empty), and the structure to build it again. Raises CompileError
-    W0301 for the symbols that stand for numbers while a program is traced.
+    W0301 for the symbols that stand for numbers from tensors while a program is traced; those
+    that stand for sizes are constants.
     """
     tensors: list[Tensor] = []
     names: list[str] = []
@@ -72,7 +78,9 @@ def _take(obj: Any, path: str, tensors: list[Tensor], names: list[str]) -> Any:
             if field.init
         }
         return _Fields(type(obj), values)
-    if isinstance(obj, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+    if isinstance(obj, (torch.SymInt, torch.SymFloat, torch.SymBool)) and (
+        free_unbacked_symbols(obj)
+    ):
         raise CompileError(
             "W0301", "the program returns a number that it took from a tensor",
             hint="return the tensor itself, and call .item() on the result",
@@ -119,3 +127,14 @@ def _build(body: Any, tensors: Sequence[Any]) -> Any:
         body,
         is_leaf=lambda item: isinstance(item, leaf),
     )
+
+
+def _map(body: Any, function: Callable[[Any], Any]) -> Any:
+    def leaf(item: Any) -> Any:
+        if isinstance(item, _Hole):
+            return item
+        if isinstance(item, _Fields):
+            return _Fields(item.kind, {k: _map(v, function) for k, v in item.values.items()})
+        return function(item)
+
+    return pytree.tree_map(leaf, body, is_leaf=lambda item: isinstance(item, (_Hole, _Fields)))

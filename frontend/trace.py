@@ -8,11 +8,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
-from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from ..ir.builder import Builder
@@ -21,7 +20,7 @@ from ..ir.module import Attr, Function, Module, Op, Value
 from ..ir.types import TensorType
 from ..runtime.context import tensor_type
 from .aten import Lowering
-from .capture import RefuseReads, capture
+from .capture import AtenProgram, RefuseReads, VaryingDims, capture
 from .complex_pair import Pair, is_complex, split
 from .structure import Structure, flatten
 
@@ -48,6 +47,33 @@ class Traced:
     inputs: Structure
     input_names: tuple[str, ...]
     outputs: Structure
+
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+@dataclass(frozen=True)
+class Captured(Generic[T]):
+    """A program that Python has run and torch has recorded, before it becomes IR.
+
+    Attributes:
+        program: its ATen graph. Sizes in it are numbers, or symbols where dims may vary.
+        outputs: the structure of its result.
+        lower: gives what is traced from a graph without symbols and its structure of the result.
+    """
+
+    program: AtenProgram
+    outputs: Structure
+    lower: Callable[[AtenProgram, Structure], T]
+
+    def lowered(self) -> T:
+        """What is traced, for a program without symbols."""
+        return self.lower(self.program, self.outputs)
+
+    def then(self, function: Callable[[T], U]) -> Captured[U]:
+        """With something done to what is traced."""
+        return Captured(self.program, self.outputs, lambda p, o: function(self.lower(p, o)))
 
 
 @dataclass
@@ -108,9 +134,10 @@ class Root(torch.nn.Module):
         return names
 
 
-def name_inputs(program: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any],
-                ) -> list[str]:  # fmt: skip
-    """Names for the tensors of `(args, kwargs)`, from the program's signature."""
+def input_names(
+    program: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[str]:
+    """Names for the tensors of `(args, kwargs)`, from the program's signature: `ids`, `batch.x`."""
     target = program.forward if isinstance(program, torch.nn.Module) else program
     try:
         parameters = list(inspect.signature(target).parameters.values())
@@ -121,7 +148,8 @@ def name_inputs(program: Callable[..., Any], args: Sequence[Any], kwargs: Mappin
     named = {
         positional[i] if i < len(positional) else f"args.{i}": value for i, value in enumerate(args)
     }
-    return flatten([named, dict(kwargs)])[1]
+    paths = flatten([named, dict(kwargs)])[1]
+    return [path.partition(".")[2] for path in paths]
 
 
 def distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -148,14 +176,29 @@ def trace_forward(
 
     Raises CompileError W0301, W0302; an exception of the program itself passes through.
     """
+    return capture_forward(program, args, kwargs).lowered()
+
+
+def capture_forward(
+    program: Callable[..., Any],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    varying: VaryingDims = (),
+) -> Captured[Traced]:
+    """The first half of `trace_forward`; `varying` are the dims of the inputs that may vary."""
     kwargs = dict(kwargs or {})
-    names = [name.partition(".")[2] for name in name_inputs(program, args, kwargs)]
+    names = tuple(input_names(program, args, kwargs))
     tensors, _, inputs = flatten((tuple(args), kwargs))
     root = Root(program, _modules_of(program, args, kwargs), inputs)
-    exported = capture(root, distinct(tensors))
-    function, state, _ = lower_program(exported, root, names)
-    module = Module("logical", (drop_dead(drop_stops(function)),))
-    return Traced(module, state, inputs, tuple(names), root.outputs)
+    exported = capture(root, distinct(tensors), varying)
+    users_names = root.state_names()
+
+    def lower(graph: AtenProgram, outputs: Structure) -> Traced:
+        function, state, _ = lower_program(graph, users_names, names)
+        module = Module("logical", (drop_dead(drop_stops(function)),))
+        return Traced(module, state, inputs, names, outputs)
+
+    return Captured(exported, root.outputs, lower)
 
 
 def _modules_of(
@@ -170,15 +213,17 @@ def _modules_of(
 
 
 def lower_program(
-    program: ExportedProgram, root: Root, input_names: Sequence[str]
+    program: AtenProgram, names: Mapping[str, str], input_names: Sequence[str]
 ) -> tuple[Function, dict[str, Tensor], dict[int, Value]]:
-    """The entry function of an exported program, its tensors by name, and its `backward()` losses.
+    """The entry function of a captured program, its tensors by name, and its `backward()` losses.
 
     Parameters that share storage become one. Results: outputs in order, then buffer updates.
+
+    Args:
+        names: `Root.state_names` of what was captured.
     """
     builder = Builder()
     lowering = Lowering(builder, _ROOT)
-    names = root.state_names()
     state: dict[str, Tensor] = {}
     params: dict[str, Value] = {}
     env: dict[torch.fx.Node, Any] = {}
@@ -237,7 +282,7 @@ def _constant(
 
 
 def _finish(
-    c: Lowering, program: ExportedProgram, outputs: Sequence[Any], names: Mapping[str, str],
+    c: Lowering, program: AtenProgram, outputs: Sequence[Any], names: Mapping[str, str],
     inputs: Mapping[str, str],
 ) -> Function:  # fmt: skip
     params = zip(c.builder.params, c.builder.param_attrs, strict=True)

@@ -24,13 +24,13 @@ from ..ir.types import FLOATS
 from ..passes.outline import Outline
 from ..passes.simplify import Simplify
 from .aten import TABLE, Lowering
-from .capture import capture
+from .capture import AtenProgram, VaryingDims, capture
 from .differentiate import Differentiate
 from .joint import joint, prepare, settle
 from .optimizers import Update, add_updates, make, states_of, updates_of
 from .own_gradients import refuse_own_gradients
 from .structure import Structure, flatten
-from .trace import Root, distinct, drop_stops, lower_program, name_inputs
+from .trace import Captured, Root, distinct, drop_stops, input_names, lower_program
 
 
 @dataclass(frozen=True)
@@ -197,11 +197,22 @@ def trace_train_step(
 
     Raises CompileError W0301 to W0304; an exception of the step itself passes through.
     """
+    return capture_train_step(step, model, optimizer, batch, kwargs).lowered()
+
+
+def capture_train_step(
+    step: Callable[..., Any],
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    varying: VaryingDims = (),
+) -> Captured[TracedStep]:
+    """The first half of `trace_train_step`; `varying` are the dims of the inputs that may vary."""
     kwargs = dict(kwargs or {})
     ids = {id(p): name for name, p in model.named_parameters()}
     updates, rates = updates_of(optimizer, ids)
-    names = [name.partition(".")[2] for name in name_inputs(
-        step, (None, None, *batch), kwargs)]  # fmt: skip
+    names = tuple(input_names(step, (None, None, *batch), kwargs))
     tensors, _, inputs = flatten((tuple(batch), kwargs))
     recorder: list[_Recorder] = []
 
@@ -221,22 +232,26 @@ def trace_train_step(
                if name in updates and name not in frozen}  # fmt: skip
     recorder.append(_Recorder(root, optimizer, trained))
     with refuse_own_gradients(model):
-        exported = capture(root, distinct(tensors))
+        exported = capture(root, distinct(tensors), varying)
     stepped = recorder[0].stepped or []
-    entry, state, losses = lower_program(exported, root, names)
-    entry = _mark(entry, stepped, losses)
-    states = states_of(optimizer, ids, updates)
-    marked = _marked(entry, updates, len(rates))
-    known = {str(a["name"]) for a in marked.entry.param_attrs}
-    tensors_by_name = {**state, **{name: t for name, t in states.items() if name in known}}
-    return TracedStep(marked, tensors_by_name, inputs, tuple(names), _returned(root), tuple(rates))
+    users_names = root.state_names()
+
+    def lower(graph: AtenProgram, outputs: Structure) -> TracedStep:
+        entry, state, losses = lower_program(graph, users_names, names)
+        entry = _mark(entry, stepped, losses)
+        states = states_of(optimizer, ids, updates)
+        marked = _marked(entry, updates, len(rates))
+        known = {str(a["name"]) for a in marked.entry.param_attrs}
+        by_name = {**state, **{name: t for name, t in states.items() if name in known}}
+        return TracedStep(marked, by_name, inputs, names, _returned(outputs), tuple(rates))
+
+    return Captured(exported, root.outputs, lower)
 
 
-def _returned(root: Root) -> Structure:
+def _returned(outputs: Structure) -> Structure:
     """The structure of the step's own result, without the gradients that were added to it."""
-    body = root.outputs.body[0]
-    grads = len(root.outputs.body[1])
-    return Structure(body, root.outputs.count - grads)
+    returned, grads = outputs.body
+    return Structure(returned, outputs.count - len(grads))
 
 
 def _mark(entry: Function, stepped: Sequence[str], losses: Mapping[int, Value]) -> Function:
@@ -304,7 +319,7 @@ def trace_module_train(
 
     made = make(optimizer, module.parameters(), **hyper)
     traced = trace_train_step(step, module, made, args, kwargs)
-    own = [name.partition(".")[2] for name in name_inputs(module, args, kwargs or {})]
+    own = input_names(module, args, kwargs or {})
     return _renamed(traced, own)
 
 
@@ -327,18 +342,33 @@ def trace_joint(
 
     Raises CompileError W0301, W0302; an exception of the module itself passes through.
     """
+    return capture_joint(module, args, kwargs).lowered()
+
+
+def capture_joint(
+    module: torch.nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    varying: VaryingDims = (),
+) -> Captured[TracedJoint]:
+    """The first half of `trace_joint`; `varying` are the dims of the inputs that may vary."""
     kwargs = dict(kwargs or {})
-    names = [name.partition(".")[2] for name in name_inputs(module, args, kwargs)]
+    names = tuple(input_names(module, args, kwargs))
     tensors, _, inputs = flatten((tuple(args), kwargs))
     root = Root(module, {"": module}, inputs)
     with refuse_own_gradients(module):
-        exported = capture(root, distinct(tensors))
-    entry, state, _ = lower_program(exported, root, names)
+        exported = capture(root, distinct(tensors), varying)
+    users_names = root.state_names()
     wanted = {name for name, p in module.named_parameters() if p.requires_grad}
     wanted |= {name for name, t in zip(names, tensors, strict=True) if t.requires_grad}
-    wrt = frozenset(
-        value.name for value, attrs in zip(entry.params, entry.param_attrs, strict=True)
-        if attrs["name"] in wanted
-    )  # fmt: skip
-    made = joint(prepare(entry, wrt), sorted(wrt))
-    return TracedJoint(made, state, inputs, tuple(names), root.outputs)
+
+    def lower(graph: AtenProgram, outputs: Structure) -> TracedJoint:
+        entry, state, _ = lower_program(graph, users_names, names)
+        wrt = frozenset(
+            value.name for value, attrs in zip(entry.params, entry.param_attrs, strict=True)
+            if attrs["name"] in wanted
+        )  # fmt: skip
+        made = joint(prepare(entry, wrt), sorted(wrt))
+        return TracedJoint(made, state, inputs, names, outputs)
+
+    return Captured(exported, root.outputs, lower)

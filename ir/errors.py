@@ -21,6 +21,7 @@ CODES: dict[str, str] = {
     "W0303": "trace: the optimizer is not supported",
     "W0304": "trace: the train step does not call backward() and step() in a supported way",
     "W0305": "trace: the program raised an exception of its own",
+    "W0306": "trace: a size is out of the bounds of its dynamic dim",
     "W0401": "plan: an op cannot be split as asked",
     "W0402": "plan: no placement satisfies the constraints",
     "W0403": "plan: a batch or another dim cannot be divided over the mesh",

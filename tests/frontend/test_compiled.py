@@ -91,12 +91,13 @@ def test_another_shape_plans_again_and_the_log_says_which(caplog: pytest.LogCapt
     ours, theirs = net(), net()
     mine, other = OPTIMIZERS["sgd"](ours.parameters()), OPTIMIZERS["sgd"](theirs.parameters())
     compiled = weft.compile(step)
-    with caplog.at_level(logging.WARNING, "weft"):
+    with caplog.at_level(logging.INFO, "weft.recompiles"):
         for rows in (10, 7, 10):  # momentum moves from plan to plan
             x, y = batch(rows)
             assert close(compiled(ours, mine, x, y), step(theirs, other, x, y))
     assert len(compiled.compiler.entries) == 2
-    assert "was torch.float32[10, 6], now it is torch.float32[7, 6]" in caplog.text
+    assert "x.shape[0] was 10, now it is 7; y.shape[0] was 10, now it is 7" in caplog.text
+    assert "torch._dynamo.mark_dynamic(x, 0) and torch._dynamo.mark_dynamic(y, 0)" in caplog.text
 
 
 def test_a_module_with_an_outer_loss_gets_eager_gradients() -> None:
