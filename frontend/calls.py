@@ -23,7 +23,7 @@ class Key:
 
     tensors: tuple[tuple[str, Shape, torch.dtype], ...]
     body: str
-    mode: tuple[bool, ...]
+    mode: tuple[object, ...]
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -61,7 +61,7 @@ class Call:
         program: Callable[..., Any],
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
-        mode: tuple[bool, ...],
+        mode: tuple[object, ...],
         name_inputs: Callable[[], list[str]],
         capture: Callable[[VaryingDims], Captured[tuple[Program, Structure]]],
     ) -> Call:
@@ -110,7 +110,7 @@ class Changes:
         if len(before) > len(new.tensors):
             others.append(f"there were {len(before)} input tensors, now {len(new.tensors)}")
         if old.mode != new.mode:
-            others.append("train or eval mode, or whether gradients are wanted, changed")
+            others.append("train or eval mode, requires_grad or an optimizer's setting changed")
         if old.body != new.body and not others:
             others.append("an input that is no tensor changed")
         return Changes(tuple(sizes), tuple(others))

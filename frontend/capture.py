@@ -28,7 +28,6 @@ from torch.fx.proxy import TracerBase
 from torch.overrides import TorchFunctionMode
 
 from ..ir.errors import CompileError
-from ..ir.module import Value
 from ..ir.verify import user_span as place
 from . import (
     aten_contract,
@@ -41,39 +40,21 @@ from . import (
     aten_pool,
     aten_reduce,
 )
-from .aten import TABLE, Lowering
+from .aten import TABLE
 from .locate import user_frames, user_span, user_traceback
+from .stops import mark_stops
+from .tied import untie
 
 #: importing them fills TABLE
 _ENTRIES = (
-    aten_contract, aten_create, aten_index, aten_loss, aten_move, aten_norm,
-    aten_pointwise, aten_pool, aten_reduce,
+    aten_contract, aten_create, aten_index, aten_loss, aten_move, aten_norm, aten_pointwise,
+    aten_pool, aten_reduce,
 )  # fmt: skip
 
 _DATA_DEPENDENT = (
     GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException,
 )  # fmt: skip
 _TRACING = (UnsupportedFakeTensorException, UnsupportedOperatorException)
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x.clone()
-
-
-def _fake_identity(x: Tensor) -> Tensor:
-    return torch.empty_like(x)
-
-
-#: marks what autograd must not see; torch's decompositions turn `detach` into a plain alias
-stop_gradient = torch.library.custom_op("weft::stop_gradient", _identity, mutates_args=())
-stop_gradient.register_fake(_fake_identity)
-
-
-def _stop(c: Lowering, x: Value) -> Value:
-    return c.emit("stop_gradient", [x])
-
-
-TABLE["weft.stop_gradient.default"] = _stop
 
 
 @lru_cache(maxsize=1)
@@ -111,7 +92,8 @@ def capture(
     with diagnosed(), _places():
         program: ExportedProgram = export(root, tuple(tensors), dynamic_shapes=dims, strict=False)
     with diagnosed():
-        _mark_stops(program.graph_module)
+        untie(program)
+        mark_stops(program.graph_module)
         _run_by_node(program.graph_module)
         decomposed: ExportedProgram = program.run_decompositions(dict(decompositions()))
     return AtenProgram(
@@ -175,24 +157,6 @@ def _read() -> CompileError:
         reason="a plan runs without Python, which would not see the number",
         hint="return the tensor, and call .item() on the compiled program's result",
     )  # fmt: skip
-
-
-def _mark_stops(module: GraphModule) -> None:
-    """Write `weft::stop_gradient` where gradients end, before torch forgets it."""
-    stop = torch.ops.weft.stop_gradient.default
-    for inner in module.modules():
-        if not isinstance(inner, GraphModule):
-            continue
-        for node in list(inner.graph.nodes):
-            if str(node.target) in ("aten.detach.default", "aten.detach_.default"):
-                node.target = stop
-            elif str(node.target) == "wrap_with_set_grad_enabled" and node.args[0] is False:
-                for user in list(node.users):
-                    with inner.graph.inserting_after(user):
-                        stopped = inner.graph.call_function(stop, (user,))
-                    stopped.meta = dict(user.meta)
-                    user.replace_all_uses_with(stopped, lambda n, s=stopped: n is not s)
-        inner.recompile()
 
 
 def _run_by_node(module: GraphModule) -> None:

@@ -41,6 +41,7 @@ class TrainStep(StepState):
         self._current: Entry | None = None
         self._seen: dict[str, tuple[int, int]] = {}
         self._behind: dict[str, Tensor] = {}
+        self._left: tuple[Tensor, Tensor, int] | None = None
         register(self)
 
     @shows_users_frames
@@ -71,7 +72,9 @@ class TrainStep(StepState):
         def names() -> list[str]:
             return input_names(self.function, (None, None, *batch), kwargs)
 
-        call = Call.of(self.function, batch, kwargs, mode_of(model), names, capture)
+        self._refuse_kept_gradients()
+        mode = (*mode_of(model), *_settings(model, optimizer))
+        call = Call.of(self.function, batch, kwargs, mode, names, capture)
         entry = self.compiler.find(call)
         self._take_changes(model)
         if entry is not self._current:
@@ -81,7 +84,30 @@ class TrainStep(StepState):
         results = entry.running.step(*tensors, lr=rates, seed=self.compiler.seed())
         vars(optimizer)["_opt_called"] = True  # schedulers of torch warn without it
         self._refresh()
+        if entry.plan.meta.get("keeps_gradients"):
+            self._leave_gradient(model)
         return entry.outputs.build(results)
+
+    def _leave_gradient(self, model: torch.nn.Module) -> None:
+        """Leave zeros in place of one gradient, to see whether they are cleared outside."""
+        trained = (p for p in model.parameters() if p.requires_grad)
+        param = min(trained, key=lambda p: p.numel())
+        param.grad = torch.zeros_like(param)
+        self._left = param, param.grad, param.grad._version
+
+    def _refuse_kept_gradients(self) -> None:
+        """Raise CompileError where eager would add to the gradients of the last step."""
+        if self._left is None:
+            return
+        param, zeros, version = self._left
+        if param.grad is zeros and zeros._version == version:
+            raise CompileError(
+                "W0304", "the gradients of the last step were not cleared",
+                reason="the step neither begins nor ends with zero_grad(), so eager would add to them",
+                hint="call optimizer.zero_grad() in the step, or between steps; accumulate over a "
+                "loop inside of the step",
+            )  # fmt: skip
+        self._left = param.grad = None
 
     def _move_state(self, entry: Entry) -> None:
         """Load the state of the last plan, or of the model and optimizer."""
@@ -145,3 +171,17 @@ class TrainStep(StepState):
     def plan(self) -> Plan:
         """The plan of the last call. Raises CompileError before the first one."""
         return self._entry("plan").plan
+
+
+def _settings(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[object, ...]:
+    """What of an optimizer a plan is made for: everything but the learning rates."""
+    wanted = tuple(p.requires_grad for p in model.parameters())
+    rows = [
+        (key, tuple(map(id, value)) if key == "params" else repr(value))
+        for group in optimizer.param_groups
+        for key, value in group.items()
+        if key not in ("lr", "initial_lr")
+    ]
+    return wanted, tuple(rows)

@@ -47,7 +47,8 @@ class _Markers:
         params = list(zip(entry.params, entry.param_attrs, strict=True))
         results = zip(entry.results, entry.result_attrs, strict=True)
         grads = {value.name: attrs for value, attrs in params if attrs.get("role") == "grad"}
-        named = {a.get("name"): value for value, a in params if a.get("role") != "grad"}
+        named = {a.get("name"): value for value, a in params
+                 if a.get("role") not in ("grad", "updated")}  # fmt: skip
         losses = {attrs["of"]: value for value, attrs in results if attrs.get("role") == "backward"}
         before, after = split_ops(entry.ops, grads)
         late = {value.name for op in after for value in op.results}

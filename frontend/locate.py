@@ -20,7 +20,10 @@ _OWN = f"{Path(__file__).parent}/"
 #: frames below these folders are not the user's: torch, and the frontend itself
 _INTERNAL = (f"{Path(torch.__file__).parent}/", _OWN)
 #: what these put in place of torch's functions stands between the user's call and torch
-_STAND_INS = tuple(_OWN + file for file in ("capture.py", "own_gradients.py", "train_step.py"))
+_STAND_INS = tuple(
+    f"{_OWN}{name}.py"
+    for name in ("capture", "own_gradients", "rewrites", "step_recorder", "train_step")
+)
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in ')
 
 
@@ -58,7 +61,7 @@ def user_frames(stack: traceback.StackSummary) -> traceback.StackSummary:
     """The frames of the program that is being traced, outermost first."""
     kept: list[traceback.FrameSummary] = []
     for frame in reversed(stack):
-        if frame.filename in _STAND_INS:
+        if frame.filename in _STAND_INS or frame.name == "__torch_function__":
             continue
         if frame.filename.startswith(_OWN):
             break  # further out is whoever called the tracing

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..ir.builder import Builder
 from ..ir.errors import CompileError
 from ..ir.module import NOWHERE, Attr, Function, Location, Namer, Value
 from ..ir.types import TensorType
+from .grad import split_ops
 
 
 @dataclass(frozen=True)
@@ -138,41 +139,84 @@ def add_updates(
     """Replace the results of role `grad` by updates of parameters, states and the step counter.
 
     Adds the parameters `lr.<group>` (role `lr`), `step` and the optimizer states (role `state`).
+    Parameters of role `updated`, which stand for new values, go: what reads them comes behind the
+    updates.
 
     Args:
         stepped_at: the user's line that calls `optimizer.step()`; where weft wrote the step, an
             update has the place that first reads its parameter.
     """
-    names = [p.name for p in entry.params] + [v.name for op in entry.ops for v in op.results]
-    builder = Builder(Namer(tuple(names)))
-    builder.params, builder.param_attrs = list(entry.params), list(entry.param_attrs)
-    grads = {str(a["name"]): v for v, a in zip(entry.results, entry.result_attrs, strict=True)
-             if a.get("role") == "grad" and a["name"] in updates}  # fmt: skip
-    params = {str(a["name"]): v for v, a in zip(entry.params, entry.param_attrs, strict=True)
-              if a.get("role") == "param"}  # fmt: skip
-    scalar = TensorType("f64", ())
-    rates = [builder.param(scalar, f"lr.{g}", role="lr", name=f"lr.{g}") for g in range(groups)]
-    counter = builder.param(scalar, "step", role="state", name="step")
-    one = builder.constant(1.0, scalar, stepped_at)
-    step = builder.one("add", [counter, one], loc=stepped_at)
-    read_at: dict[str, Location] = {}
-    for op in entry.ops:
-        for value in op.operands:
-            read_at.setdefault(value.name, op.loc)
-    kept = [(v, a) for v, a in zip(entry.results, entry.result_attrs, strict=True)
-            if a.get("role") != "grad"]  # fmt: skip
-    results = [(step, {"role": "update", "updates": "step"})]
-    builder.ops = [*entry.ops, *builder.ops]
-    for name, grad in grads.items():
-        update, param = updates[name], params[name]
-        states = [builder.param(param.type, f"{key}/{name}", role="state", name=f"{key}/{name}")
+    work = _Updating(entry, groups, stepped_at)
+    for name, grad in work.grads.items():
+        work.update(name, grad, updates[name])
+    return work.finish()
+
+
+class _Updating:
+    """An entry whose updates are being written."""
+
+    def __init__(self, entry: Function, groups: int, stepped_at: Location) -> None:
+        self.entry, self.stepped_at = entry, stepped_at
+        names = [p.name for p in entry.params] + [v.name for op in entry.ops for v in op.results]
+        self.builder = Builder(Namer(tuple(names)))
+        params = list(zip(entry.params, entry.param_attrs, strict=True))
+        self.markers = {v.name: str(a["name"]) for v, a in params if a.get("role") == "updated"}
+        kept = [(v, a) for v, a in params if v.name not in self.markers]
+        self.builder.params = [v for v, _ in kept]
+        self.builder.param_attrs = [a for _, a in kept]
+        self.params = {str(a["name"]): v for v, a in kept if a.get("role") == "param"}
+        results = list(zip(entry.results, entry.result_attrs, strict=True))
+        self.grads = {str(a["name"]): v for v, a in results if a.get("role") == "grad"}
+        self.results = [(v, a) for v, a in results if a.get("role") != "grad"]
+        early, self.late = split_ops(entry.ops, self.markers)
+        scalar = TensorType("f64", ())
+        self.rates = [self.builder.param(scalar, f"lr.{g}", role="lr", name=f"lr.{g}")
+                      for g in range(groups)]  # fmt: skip
+        counter = self.builder.param(scalar, "step", role="state", name="step")
+        one = self.builder.constant(1.0, scalar, stepped_at)
+        self.step = self.builder.one("add", [counter, one], loc=stepped_at)
+        self.builder.ops = [*early, *self.builder.ops]
+        self.read_at: dict[str, Location] = {}
+        for op in entry.ops:
+            for value in op.operands:
+                self.read_at.setdefault(value.name, op.loc)
+        self.new: dict[str, Value] = {}
+        self.states: list[tuple[Value, Mapping[str, Attr]]] = []
+
+    def update(self, name: str, grad: Value, update: Update) -> None:
+        """Append the update of one parameter."""
+        param = self.params[name]
+        states = [self.builder.param(param.type, f"{key}/{name}", role="state", name=f"{key}/{name}")
                   for key in update.states]  # fmt: skip
-        operands = [param, grad, *states, step, rates[update.group]]
-        place = stepped_at if stepped_at.file else read_at.get(param.name, NOWHERE)
+        operands = [param, grad, *states, self.step, self.rates[update.group]]
+        place = self.stepped_at if self.stepped_at.file else self.read_at.get(param.name, NOWHERE)
         loc = Location(name.rpartition(".")[0], place.file, place.line)
-        outs = builder.many(update.op, operands, update.attrs, loc=loc)
-        targets = [name, *(f"{key}/{name}" for key in update.states)]
-        results += [(value, {"role": "update", "updates": target})
-                    for value, target in zip(outs, targets, strict=True)]  # fmt: skip
-    values: Sequence[tuple[Value, Mapping[str, Attr]]] = [*kept, *results]
-    return builder.function(entry.name, [v for v, _ in values], [a for _, a in values], entry.attrs)
+        outs = self.builder.many(update.op, operands, update.attrs, loc=loc)
+        self.new[name] = outs[0]
+        self.states += [(value, {"role": "update", "updates": f"{key}/{name}"})
+                        for value, key in zip(outs[1:], update.states, strict=True)]  # fmt: skip
+
+    def finish(self) -> Function:
+        """The entry. A parameter that was not updated stands for its own new value."""
+        env = {marker: self.new.get(name, self.params[name])
+               for marker, name in self.markers.items()}  # fmt: skip
+        for op in self.late:
+            operands = tuple(env.get(value.name, value) for value in op.operands)
+            self.builder.append(op.with_(operands=operands))
+        results = [(self.step, {"role": "update", "updates": "step"}), *self.states]
+        changed = set()
+        for value, attrs in self.results:
+            value = env.get(value.name, value)
+            name = attrs.get("updates")
+            if attrs.get("role") == "update" and name in self.params:
+                changed.add(name)
+                if value is self.params[str(name)]:
+                    continue  # no gradient reached it
+            results.append((value, attrs))
+        results += [(value, {"role": "update", "updates": name})
+                    for name, value in self.new.items() if name not in changed]  # fmt: skip
+        order = {"update": 1}
+        results.sort(key=lambda pair: order.get(str(pair[1].get("role")), 0))
+        entry = self.entry
+        return self.builder.function(entry.name, [v for v, _ in results], [a for _, a in results],
+                                     entry.attrs)  # fmt: skip

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import CheckpointFunction
 
 from ..ir.errors import CompileError
 from ..ir.verify import user_span
@@ -23,8 +24,9 @@ _HINT = (
     "write it with torch operators (a straight-through estimator is x + (y - x).detach()), or as "
     "a torch.library.custom_op with register_autograd"
 )
-#: torch's own, which is replaced while a step is traced
+#: torch's own, which are replaced while a step is traced
 _APPLY = torch.autograd.Function.__dict__["apply"]
+_GRAD = torch.autograd.grad
 #: hooks that autograd calls: of parameters, and of modules
 _HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _MODULE_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
@@ -42,7 +44,10 @@ def refuse_own_gradients(module: torch.nn.Module) -> Iterator[None]:
     def refused(cls: Any, *args: Any, **kwargs: Any) -> Any:
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
         trained = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-        # functions of torch's own (reentrant checkpointing) have the derivative of what they compute
+        if cls is CheckpointFunction:  # it would run the function without gradients
+            function, _, *given = args
+            return function(*given)
+        # other functions of torch's own have the derivative of what they compute
         if trained and not cls.__module__.startswith("torch.") and not _honest(cls, args, kwargs):
             raise _refused(f"{cls.__name__} has a backward of its own", _HINT)
         return _APPLY.__func__(cls, *args, **kwargs)
@@ -86,7 +91,7 @@ def _compare(cls: Any, apply: Any, args: Sequence[Any], kwargs: Mapping[str, Any
         if not outs:
             return None
         weights = [torch.randn(x.shape, generator=g.manual_seed(99)).to(x.dtype) for x in outs]
-        found = torch.autograd.grad(outs, xs, weights, allow_unused=True)
+        found = _GRAD(outs, xs, weights, allow_unused=True)
         return [torch.zeros_like(x) if d is None else d for x, d in zip(xs, found, strict=True)]
 
     own, true = grads(apply, []), grads(cls.forward, context)

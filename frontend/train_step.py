@@ -1,34 +1,31 @@
 """Train steps: `(model, optimizer, *batch) -> loss` as one logical program.
 
-The user's function runs under torch.export with three things replaced while it is traced:
-`Tensor.backward` becomes an operator that stands for the gradients of the parameters (so what the
-function does with them, clipping for instance, is traced as well), `optimizer.step` records which
-gradients it would use, `optimizer.zero_grad` drops them. `joint.py` then puts the backward in the
-operator's place, `optimizers.py` the updates behind it.
+The user's function runs under torch.export; `step_recorder.py` stands in for autograd and the
+optimizer and leaves markers. `joint.py` then puts the backward in the place of those for gradients,
+`optimizers.py` the updates in the place of those for new parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ir.errors import CompileError
-from ..ir.module import Attr, Function, Module, Value
+from ..ir.module import NOWHERE, Attr, Function, Location, Module, Value
 from ..ir.types import FLOATS
 from ..passes.outline import Outline
 from ..passes.simplify import Simplify
-from .aten import TABLE, Lowering
 from .capture import AtenProgram, VaryingDims, capture
 from .differentiate import Differentiate
 from .joint import joint, prepare, settle
 from .optimizers import Update, add_updates, make, states_of, updates_of
 from .own_gradients import refuse_own_gradients
+from .step_recorder import Recorder, misused
 from .structure import Structure, flatten
 from .trace import Captured, Root, distinct, drop_stops, input_names, lower_program
 
@@ -48,6 +45,7 @@ class TracedStep:
         input_names: names of the inputs.
         outputs: the structure of what the step returns.
         rates: the learning rate of each group at the time of tracing.
+        keeps_gradients: the step neither begins nor ends with cleared gradients.
     """
 
     marked: Module
@@ -56,6 +54,7 @@ class TracedStep:
     input_names: tuple[str, ...]
     outputs: Structure
     rates: tuple[float, ...]
+    keeps_gradients: bool = False
 
     @cached_property
     def module(self) -> Module:
@@ -79,107 +78,6 @@ class TracedJoint:
     inputs: Structure
     input_names: tuple[str, ...]
     outputs: Structure
-
-
-def _gradients(loss: Tensor, params: list[Tensor], number: int) -> list[Tensor]:
-    return [torch.empty_like(param) for param in params]
-
-
-#: stands for the gradients of parameters while a step is traced
-gradients_op = torch.library.custom_op("weft::gradients", _gradients, mutates_args=())
-gradients_op.register_fake(_gradients)
-
-
-def _lower_gradients(
-    c: Lowering, loss: Value, params: Sequence[Value], number: int
-) -> tuple[Value, ...]:
-    """Markers for `joint.assemble`."""
-    described = zip(c.builder.params, c.builder.param_attrs, strict=True)
-    names = {value.name: attrs["name"] for value, attrs in list(described)}
-    c.losses[number] = loss
-    return tuple(
-        c.builder.param(value.type, f"d_{value.name}", role="grad", name=names[value.name],
-                        of=number)
-        for value in params
-    )  # fmt: skip
-
-
-TABLE["weft.gradients.default"] = _lower_gradients
-
-
-@dataclass
-class _Recorder:
-    """What the user's step does to gradients and parameters while it is traced."""
-
-    root: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    trained: Mapping[str, str]  #: exported name of a trained parameter -> its user's name
-    backwards: int = 0
-    stepped: list[str] | None = None
-    grads: list[Tensor] = field(default_factory=list)
-
-    def parameters(self) -> list[tuple[str, Tensor]]:
-        """The parameters that get gradients, as the trace sees them."""
-        named = self.root.named_parameters()
-        return [(self.trained[name], p) for name, p in named if name in self.trained]
-
-    def backward(self, loss: Tensor, gradient: Any = None, *args: Any, **kwargs: Any) -> None:
-        """In place of `Tensor.backward`."""
-        if self.stepped is not None:
-            raise _misused("backward() is called after optimizer.step()", "compile one step at a time")
-        if loss.numel() != 1 or gradient is not None or kwargs.get("inputs") is not None:
-            raise _misused("backward() has arguments, or its tensor is not a scalar",
-                           "call backward() on the loss, without arguments")  # fmt: skip
-        params = self.parameters()
-        made = torch.ops.weft.gradients(loss, [p for _, p in params], self.backwards)
-        self.backwards += 1
-        for (_, param), grad in zip(params, made, strict=True):
-            param.grad = grad if param.grad is None else param.grad + grad
-
-    def step(self, closure: Any = None) -> None:
-        """In place of `optimizer.step`."""
-        if closure is not None:
-            raise _misused("optimizer.step() has a closure", "call it without arguments")
-        if self.stepped is not None:
-            raise _misused("optimizer.step() is called twice", "compile one step at a time")
-        if not self.backwards:
-            raise _misused("optimizer.step() is called before backward()",
-                           "call loss.backward() first")  # fmt: skip
-        found = [(name, p.grad) for name, p in self.parameters() if p.grad is not None]
-        self.stepped = [name for name, _ in found]
-        self.grads = [grad.clone() for _, grad in found]
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """In place of `optimizer.zero_grad`."""
-        for _, param in self.parameters():
-            param.grad = None
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Replace the methods for as long as the user's function runs."""
-
-        def unsupported(*args: Any, **kwargs: Any) -> None:
-            raise _misused("torch.autograd.backward() is called", "call loss.backward()")
-
-        own: dict[str, Any] = vars(self.optimizer)
-        kept: dict[str, Any] = {n: own[n] for n in ("step", "zero_grad") if n in own}
-        backward, free = torch.Tensor.backward, torch.autograd.backward
-        own.update(step=self.step, zero_grad=self.zero_grad)
-        torch.Tensor.backward = lambda loss, *a, **k: self.backward(loss, *a, **k)  # type: ignore[method-assign]
-        torch.autograd.backward = unsupported
-        try:
-            self.zero_grad()
-            yield
-        finally:
-            torch.Tensor.backward, torch.autograd.backward = backward, free  # type: ignore[method-assign]
-            for name in ("step", "zero_grad"):
-                own.pop(name, None)
-            own.update(kept)
-            self.zero_grad()
-
-
-def _misused(message: str, hint: str) -> CompileError:
-    return CompileError("W0304", message, hint=hint)
 
 
 def trace_train_step(
@@ -214,38 +112,45 @@ def capture_train_step(
     updates, rates = updates_of(optimizer, ids)
     names = tuple(input_names(step, (None, None, *batch), kwargs))
     tensors, _, inputs = flatten((tuple(batch), kwargs))
-    recorder: list[_Recorder] = []
+    recorder: list[Recorder] = []
 
     def call(*args: Any, **named: Any) -> tuple[Any, list[Tensor]]:
         (run,) = recorder
-        run.backwards, run.stepped = 0, None
         with run.recording():
             result = step(model, optimizer, *args, **named)
-        if run.stepped is None:
-            raise _misused("the step does not call optimizer.step()",
-                           "a train step calls loss.backward(), then optimizer.step()")  # fmt: skip
+        if not run.trains():
+            raise misused("the step does not call optimizer.step()",
+                           "a train step calls loss.backward(), then optimizer.step()",
+                           _definition(step))  # fmt: skip
         return result, run.grads
 
     root = Root(call, {"": model}, inputs)
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     trained = {exported: name for exported, name in root.state_names().items()
                if name in updates and name not in frozen}  # fmt: skip
-    recorder.append(_Recorder(root, optimizer, trained))
+    recorder.append(Recorder(root, optimizer, trained))
     with refuse_own_gradients(model):
         exported = capture(root, distinct(tensors), varying)
-    stepped = recorder[0].stepped or []
+    run = recorder[0]
+    stepped, stepped_at = run.stepped or [], run.stepped_at
     users_names = root.state_names()
 
     def lower(graph: AtenProgram, outputs: Structure) -> TracedStep:
         entry, state, losses = lower_program(graph, users_names, names)
         entry = _mark(entry, stepped, losses)
         states = states_of(optimizer, ids, updates)
-        marked = _marked(entry, updates, len(rates))
+        marked = _marked(entry, updates, len(rates), stepped_at)
         known = {str(a["name"]) for a in marked.entry.param_attrs}
         by_name = {**state, **{name: t for name, t in states.items() if name in known}}
-        return TracedStep(marked, by_name, inputs, names, _returned(outputs), tuple(rates))
+        return TracedStep(marked, by_name, inputs, names, _returned(outputs), tuple(rates),
+                          run.keeps_gradients)  # fmt: skip
 
     return Captured(exported, root.outputs, lower)
+
+
+def _definition(function: Callable[..., Any]) -> Location:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return NOWHERE if code is None else Location("", code.co_filename, code.co_firstlineno)
 
 
 def _returned(outputs: Structure) -> Structure:
@@ -271,14 +176,16 @@ def _mark(entry: Function, stepped: Sequence[str], losses: Mapping[int, Value]) 
     )
 
 
-def _marked(entry: Function, updates: Mapping[str, Update], groups: int) -> Module:
+def _marked(
+    entry: Function, updates: Mapping[str, Update], groups: int, stepped_at: Location
+) -> Module:
     """The program before differentiation: gradients are markers, updates read them."""
     names = [a["name"] for a in entry.param_attrs if a.get("role") == "grad"]
     wrt = frozenset(
         value.name for value, attrs in zip(entry.params, entry.param_attrs, strict=True)
         if attrs.get("role") == "param" and attrs["name"] in names
     )  # fmt: skip
-    entry = add_updates(settle(drop_stops(entry, wrt)), updates, groups)
+    entry = add_updates(settle(drop_stops(entry, wrt)), updates, groups, stepped_at)
     return Module("logical", (entry,))
 
 
@@ -290,7 +197,7 @@ def loss_of(output: Any) -> Tensor:
     elif not isinstance(output, Tensor):
         found = getattr(output, "loss", None)
     if not isinstance(found, Tensor) or found.numel() != 1:
-        raise _misused("the model's output has no loss",
+        raise misused("the model's output has no loss",
                        "return a scalar, or an output with `loss` (give the model its labels)")  # fmt: skip
     return found
 
