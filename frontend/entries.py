@@ -92,7 +92,10 @@ class Compiler:
         module = plan.module("schedule")
         comm = use_mesh(Comm(plan.mesh), self.mesh)
         device = join_world().device
-        running = Running(module, comm, device, check_finite=self.options.trace_nan)
+        running = Running(
+            module, comm, device, check_finite=self.options.trace_nan,
+            cpu_backend=self.options.cpu_backend,
+        )  # fmt: skip
         entry = module.entry
         roles = [(str(a.get("role", "")), str(a.get("name", ""))) for a in entry.param_attrs]
         results = [(str(a.get("role", "")), a) for a in entry.result_attrs]

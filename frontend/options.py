@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from ..ir.errors import CompileError
+from ..runtime.inductor import check_backend
 
 
 def _cache_dir(environ: Mapping[str, str]) -> Path:
@@ -34,6 +35,8 @@ class Options:
         logs: names of what to log (`WEFT_LOGS=trace,place`); `nan` checks every action.
         progress: show progress on anything that takes over two seconds.
         full_tracebacks: show weft's own frames in tracebacks (`WEFT_TRACEBACKS=full`).
+        cpu_backend: what runs the actions between transfers on a CPU: `eager`, one by one, or
+            `inductor`, compiled (`WEFT_CPU_BACKEND`).
     """
 
     cluster: str = ""
@@ -43,6 +46,10 @@ class Options:
     logs: tuple[str, ...] = ()
     progress: bool = True
     full_tracebacks: bool = False
+    cpu_backend: str = "eager"
+
+    def __post_init__(self) -> None:
+        check_backend(self.cpu_backend)
 
     @property
     def trace_nan(self) -> bool:
@@ -60,6 +67,7 @@ class Options:
             logs=logs,
             progress=environ.get("WEFT_PROGRESS", "1") != "0",
             full_tracebacks=environ.get("WEFT_TRACEBACKS", "") == "full",
+            cpu_backend=environ.get("WEFT_CPU_BACKEND", "eager"),
         )
 
     def with_(self, changes: Mapping[str, object]) -> Options:

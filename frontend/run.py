@@ -80,7 +80,9 @@ def run_artifact(
         return
     if under_torchrun() and int(os.environ["WORLD_SIZE"]) != ranks:
         raise world_mismatch(artifact.path, ranks, int(os.environ["WORLD_SIZE"]))
-    with Executable(artifact, check_finite=OPTIONS.trace_nan) as exe:
+    with Executable(
+        artifact, check_finite=OPTIONS.trace_nan, cpu_backend=OPTIONS.cpu_backend
+    ) as exe:
         _run(exe, steps, lr, seed, trace, console, saving)
 
 

@@ -35,6 +35,7 @@ CODES: dict[str, str] = {
     "W0803": "run: a rank failed or did not answer in time",
     "W0804": "run: inputs do not match the plan",
     "W0901": "codegen: a kernel cannot be generated or built",
+    "W0902": "codegen: the backend for CPUs cannot compile",
     "W1001": "command line: bad arguments",
     "W1101": "checkpoint: there is none",
     "W1102": "checkpoint: it does not fit the plan",

@@ -38,8 +38,9 @@ class Executable:
     """
 
     def __init__(
-        self, artifact: Artifact, *, timeout_s: float = TIMEOUT_S, check_finite: bool = False
-    ) -> None:
+        self, artifact: Artifact, *, timeout_s: float = TIMEOUT_S, check_finite: bool = False,
+        cpu_backend: str = "eager",
+    ) -> None:  # fmt: skip
         self.artifact = artifact
         module = artifact.module()
         mesh = module.mesh or Mesh()
@@ -53,8 +54,8 @@ class Executable:
             kernels = load_kernels(artifact.path / "kernels") if on_gpu else None
             self.program = Program(
                 module, comm, world.device, kernels=kernels, timeout_s=timeout_s,
-                check_finite=check_finite,
-            )
+                check_finite=check_finite, cpu_backend=cpu_backend,
+            )  # fmt: skip
             self.checkpoints = stack.enter_context(Checkpoints(self.program))
             self._exit = stack.pop_all()
 
@@ -126,15 +127,20 @@ def world_mismatch(path: Path, needed: int, present: int) -> RunError:
 
 
 def load(
-    path: str | Path, *, timeout_s: float = TIMEOUT_S, check_finite: bool = False
-) -> Executable:
-    """Open an artifact on this rank. Raises RunError W0701, W0702, W0801.
+    path: str | Path, *, timeout_s: float = TIMEOUT_S, check_finite: bool = False,
+    cpu_backend: str = "eager",
+) -> Executable:  # fmt: skip
+    """Open an artifact on this rank. Raises RunError W0701, W0702, W0801, CompileError W0902.
 
     Args:
         timeout_s: how long a collective may wait for the other ranks.
         check_finite: trace NaN and Inf to the action that made them; slow.
+        cpu_backend: `inductor` compiles the actions between transfers on a CPU; `eager` does not.
     """
-    return Executable(Artifact.open(path), timeout_s=timeout_s, check_finite=check_finite)
+    artifact = Artifact.open(path)
+    return Executable(
+        artifact, timeout_s=timeout_s, check_finite=check_finite, cpu_backend=cpu_backend
+    )
 
 
 __all__ = ["Executable", "load", "world_mismatch"]

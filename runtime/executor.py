@@ -18,6 +18,7 @@ from ..ir.module import Function, Module, Op, Value
 from ..ir.types import DTYPES, Mesh, local_shape
 from .comm import COMMUNICATION, Comm
 from .context import TORCH_DTYPES
+from .inductor import Inductor, check_backend
 from .lifetimes import PERSISTENT, alias_roots, last_readers
 from .schedule_check import check
 from .sections import Section
@@ -43,13 +44,16 @@ class Executor:
         device: where this rank's tensors live.
         kernels: compiled kernels by name; kernel functions without one run their body.
         check_finite: trace NaN and Inf to the action that made them; slow.
+        cpu_backend: `inductor` compiles the actions between transfers on a CPU (`inductor.py`),
+            `eager` runs them one by one.
 
     Attributes:
         state: the local shards of the entry parameters with the roles param, buffer and state, in
             their order. A step replaces them, or writes them in place.
 
     Raises RunError W0801 when the world does not fit the mesh, W0802 when the check fails, W0804
-    when the module is not at the schedule level.
+    when the module is not at the schedule level; CompileError W0902 when there is no C++ compiler
+    for `inductor`, W1001 for another backend.
     """
 
     def __init__(
@@ -61,7 +65,9 @@ class Executor:
         device: torch.device | str = "cpu",
         kernels: Mapping[str, Kernel] | None = None,
         check_finite: bool = False,
+        cpu_backend: str = "eager",
     ) -> None:
+        check_backend(cpu_backend)
         if module.level != "schedule":
             raise RunError(
                 "W0804", f"a rank runs a schedule, this module is at the {module.level} level",
@@ -73,7 +79,10 @@ class Executor:
         self.comm = comm or Comm(self.mesh, rank)
         self.rank = self.comm.rank if rank is None else rank
         self.device = torch.device(device)
-        self.wrapper = Wrapper(module, self.comm, self.device, kernels, check_finite)
+        compiler = None
+        if cpu_backend == "inductor" and self.device.type == "cpu" and not check_finite:
+            compiler = Inductor(module, self.mesh, self.comm.coord, self.device)
+        self.wrapper = Wrapper(module, self.comm, self.device, kernels, check_finite, compiler)
         self.fed: list[Value] = []  # entry parameters that each step is given
         self.kept: list[Value] = []  # entry parameters that live here
         for value in self.function.params:

@@ -61,6 +61,7 @@ class Program:
         kernels: compiled kernels by name.
         timeout_s: how long a collective may wait for the other ranks.
         check_finite: trace NaN and Inf to the action that made them; slow.
+        cpu_backend: `eager` or `inductor`; see `Executor`.
 
     Raises RunError W0801 when the world does not fit the plan, W0802 when the ranks' schedules
     do not agree, W0804 when the module is not at the schedule level.
@@ -75,12 +76,14 @@ class Program:
         kernels: Mapping[str, Kernel] | None = None,
         timeout_s: float = TIMEOUT_S,
         check_finite: bool = False,
+        cpu_backend: str = "eager",
     ) -> None:
         self.comm = comm or Comm(module.mesh or Mesh(), timeout_s=timeout_s)
         same_plan(module, self.comm)
         self.executor = Executor(
-            module, comm=self.comm, device=device, kernels=kernels, check_finite=check_finite
-        )
+            module, comm=self.comm, device=device, kernels=kernels, check_finite=check_finite,
+            cpu_backend=cpu_backend,
+        )  # fmt: skip
         self._trace: Trace | None = None
         self._idle_bytes = self.executor.planned_bytes() // 10
         names = _names(module.entry)
@@ -184,6 +187,12 @@ class Program:
 
     def _check_names(self, full: Mapping[str, Tensor]) -> None:
         known = {name: value for name, value in self._kept}
+        for name, value in full.items():
+            if not isinstance(value, Tensor):
+                raise RunError(
+                    "W0804", f"state {name[:80]!r} is of type {type(value).__name__}",
+                    reason="a state dict holds tensors", hint="pass what model.state_dict() gives",
+                )  # fmt: skip
         memory = {full[name].data_ptr() for name in known if name in full}
         unknown = [n for n in full if n not in known and full[n].data_ptr() not in memory]
         needed = [n for n, value in self._kept if self._role(value) != "state"]
@@ -251,7 +260,7 @@ class Program:
                         "W0804", "the plan draws random numbers and needs a seed",
                         hint="pass seed=, another number for each step",
                     )  # fmt: skip
-                out.append(torch.tensor(seed, dtype=TORCH_DTYPES[value.type.dtype]))
+                out.append(_seed(seed, TORCH_DTYPES[value.type.dtype]))
             elif role != "tangent":
                 raise RunError("W0804", f"parameter {name!r} of the plan has role {role!r}")
         return out
@@ -329,6 +338,16 @@ def _matched(
     return tensors
 
 
+def _seed(seed: int, dtype: torch.dtype) -> Tensor:
+    """Raises RunError W0804 for what is no 64-bit number."""
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise RunError(
+            "W0804", "the seed must be a 64-bit integer", reason=f"got {str(seed)[:80]}",
+            hint="pass seed=, another number for each step",
+        )  # fmt: skip
+    return torch.tensor(seed, dtype=dtype)
+
+
 def _rates(lr: float | Sequence[float] | None, names: Sequence[str]) -> list[float]:
     """One learning rate for each of `names`."""
     if lr is None and names:
@@ -337,6 +356,11 @@ def _rates(lr: float | Sequence[float] | None, names: Sequence[str]) -> list[flo
             reason=f"it has {_some(names)}", hint="pass lr=",
         )  # fmt: skip
     rates = [float(lr)] * len(names) if isinstance(lr, (int, float)) else list(lr or ())
+    if not all(isinstance(rate, (int, float)) for rate in rates):
+        raise RunError(
+            "W0804", "a learning rate must be a number", reason=f"got {str(rates)[:80]}",
+            hint="pass lr=0.001, or one for each parameter group",
+        )  # fmt: skip
     if len(rates) != len(names):
         raise RunError(
             "W0804", f"the plan has {len(names)} learning rates ({_some(names)}), got {len(rates)}"

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..ir.errors import RunError
 from ..ir.module import Function, Op
 from .lifetimes import PERSISTENT
+from .segments import Piece
 
 Run = Callable[..., tuple[list[Tensor], list[Tensor]]]
 
@@ -30,6 +31,7 @@ class Section:
         traced: the same, calling `clock(index, pending or None)` after each action; made when it
             is asked for.
         source: the Python text of `run`.
+        pieces: the actions with the compiled segments among them; empty without a compiler.
     """
 
     actions: list[tuple[int, Op]]
@@ -41,6 +43,7 @@ class Section:
     run: Run | None = None
     traced: Run | None = None
     source: str = ""
+    pieces: list[Piece] = field(default_factory=list)
 
 
 def cut(function: Function, constants: Collection[str]) -> list[Section]:

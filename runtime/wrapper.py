@@ -26,9 +26,11 @@ from ..ir.types import DTYPES, local_shape
 from .comm import COMMUNICATION, Comm
 from .context import OpContext, results_of
 from .finite import FiniteCheck
+from .inductor import Inductor
 from .lifetimes import PERSISTENT, alias_roots, last_readers
 from .reuse import into_operand, reusable
 from .sections import Run, Section, Text, cut
+from .segments import Segment
 from .updates import make_update, update_key
 
 #: Constants up to this many bytes are kept between steps; larger ones are cheap to fill and would
@@ -51,6 +53,7 @@ class Wrapper:
         kernels: compiled kernels by name, `launch(*operands) -> results`; a kernel function that is
             not among them runs its body.
         check_finite: look for NaN and Inf after each action (`finite.py`).
+        compiler: compiles the actions between transfers; they run one by one without it.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Wrapper:
         device: torch.device,
         kernels: Mapping[str, Kernel] | None = None,
         check_finite: bool = False,
+        compiler: Inductor | None = None,
     ) -> None:
         self.module, self.comm, self.device = module, comm, device
         self.function = module.entry
@@ -84,6 +88,7 @@ class Wrapper:
         }
         self._last = last_readers(self.function)
         self.constants: dict[str, Tensor] = {}
+        self._numbers: dict[str, Op] = {}  # constants that are one number
         self._hoist()
         self.finite: FiniteCheck | None = None
         if check_finite:
@@ -91,6 +96,7 @@ class Wrapper:
             self.globals |= {"BEGIN": self.finite.begin, "AFTER": self.finite.after}
         self._reused = reusable(self.function, tuple(self.constants))
         self.sections = cut(self.function, self.constants)
+        self.compiler = None if check_finite else compiler
         for section in self.sections:
             attrs = self.function.result_attrs
             section.returned = [p for p in section.results if "updates" not in attrs[p]]
@@ -123,6 +129,8 @@ class Wrapper:
             for value, tensor in zip(op.results, tensors, strict=True):
                 self.constants[value.name] = tensor
                 self.globals[self._name(value)] = tensor
+                if op.name == "constant":
+                    self._numbers[value.name] = op
 
     def _is_pure(self, op: Op) -> bool:
         if op.name == "call":
@@ -165,7 +173,7 @@ class Wrapper:
             taken = ", ".join(self.names[name] for name in section.takes)
             text.add(f"    BEGIN({section is self.sections[0]}, {section.takes!r}, [{taken}])")
         known = {self.names[name] for name in (*section.takes, *section.received)}
-        for index, op, line in self._statements(section.actions, known):
+        for index, op, line in self._lines(section, known):
             text.add(f"    {line}", op)
             if self.finite is not None and op.name != "free" and not op.attrs.get("inplace"):
                 self._look(text, op)
@@ -225,6 +233,28 @@ class Wrapper:
             if attrs.get("updates", "") != self.storage.get(value.name):
                 read.add(value.name)
         return read
+
+    def _lines(self, section: Section, known: set[str]) -> Iterator[tuple[int, Op, str]]:
+        """As `_statements`, with the segments that are compiled as one line each."""
+        if self.compiler is None:
+            yield from self._statements(section.actions, known)
+            return
+        if not section.pieces:
+            results = (self.function.results[position].name for position in section.results)
+            kept = {*results, *section.handed}
+            section.pieces = self.compiler.pieces(section.actions, kept, self._numbers, self.roots)
+        for piece in section.pieces:
+            if not isinstance(piece, Segment):
+                yield from self._statements(piece, known)
+                continue
+            index, op = piece.actions[-1]
+            function = f"c{index}"
+            self.globals[function] = piece.run
+            left = ", ".join(self.names.setdefault(name, f"v{len(self.names)}")
+                             for name in piece.gives)  # fmt: skip
+            known.update(self.names[name] for name in piece.gives)
+            operands = ", ".join(self.names[name] for name in piece.takes)
+            yield index, op, f"{left}, = {function}({operands})"
 
     def _statements(
         self, actions: Sequence[tuple[int, Op]], known: set[str]
