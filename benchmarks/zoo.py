@@ -18,8 +18,9 @@ import logging
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -29,11 +30,12 @@ from rows import Row, arguments, finish, timed
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.frontend.stepping import Stepper, entry_values
-from tests.frontend.zoo import ALL, build, tensors_of
+from tests.frontend.zoo import ALL, Example, build, tensors_of
 
 from weft.frontend.driver import ALL_PASSES
+from weft.frontend.structure import flatten
 from weft.frontend.trace import trace_forward
-from weft.frontend.train_step import TracedStep, trace_module_train
+from weft.frontend.train_step import TracedStep, loss_of, trace_module_train
 from weft.frontend.verify import random_inputs, widen
 from weft.ir.errors import CompileError
 from weft.passes.apply import apply
@@ -83,28 +85,33 @@ def worst(mine: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> float
     return max(relative(a, b, 1e-3) for a, b in zip(mine, theirs, strict=True) if b.numel())
 
 
-def forward_error(name: str) -> float:
+#: makes a model and its inputs, the same each time
+Make = Callable[[], Example]
+
+
+def forward_error(make: Make) -> float:
     """The largest error of the forward program's floating-point outputs."""
-    model, inputs = build(name)
+    model, inputs = make()
     traced = trace_forward(model, (), inputs)
     tensors = list(tensors_of(inputs).values())
     results = evaluate(traced.module, entry_values(traced.module, dict(traced.tensors), tensors))
     attrs = traced.module.entry.result_attrs
-    mine = traced.outputs.build(
-        [v for v, a in zip(results, attrs, strict=True) if a["role"] == "output"]
-    )
-    theirs = copy.deepcopy(model)(**inputs)
-    return max(relative(mine[key], value) for key, value in theirs.items()
-               if isinstance(value, torch.Tensor) and value.is_floating_point())  # fmt: skip
+    mine = [v for v, a in zip(results, attrs, strict=True) if a["role"] == "output"]
+    theirs = flatten(copy.deepcopy(model)(**inputs))[0]
+    return max(relative(a, b) for a, b in zip(mine, theirs, strict=True) if _counts(b))
 
 
-def step_errors(name: str, traced: TracedStep) -> dict[str, float]:
+def _counts(x: torch.Tensor) -> bool:
+    return x.is_floating_point() and x.numel() > 0
+
+
+def step_errors(make: Make, traced: TracedStep) -> dict[str, float]:
     """Errors of the loss and of the gradients of one train step."""
-    model, inputs = build(name)
+    model, inputs = make()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     stepper = Stepper(traced)
     loss = stepper(list(tensors_of(inputs).values()))
-    expected = model(**inputs).loss
+    expected = loss_of(model(**inputs))
     expected.backward()
     gradients = max(
         relative((before[n] - stepper.state[n]) / RATE, p.grad, 1e-3)
@@ -113,9 +120,9 @@ def step_errors(name: str, traced: TracedStep) -> dict[str, float]:
     return {"loss": relative(loss.detach(), expected.detach()), "gradients": gradients}
 
 
-def plan_errors(name: str, traced: TracedStep, number: int) -> dict[str, float]:
+def plan_errors(make: Make, traced: TracedStep, number: int) -> dict[str, float]:
     """Errors of two plans for 4 ranks against the logical program, in float64."""
-    _, inputs = build(name)
+    _, inputs = make()
     given = {k: v.detach() for k, v in {**traced.tensors, **tensors_of(inputs)}.items()}
     module = widen(traced.module)
     values = random_inputs(module, given)
@@ -131,15 +138,15 @@ def plan_errors(name: str, traced: TracedStep, number: int) -> dict[str, float]:
             "searched plan": worst(evaluate(searched, values), wanted)}  # fmt: skip
 
 
-def measure(name: str, number: int) -> Found:
-    """All figures of one model."""
-    model, inputs = build(name)
+def measure(make: Make, number: int) -> Found:
+    """All figures of one model; `number` picks its random placement."""
+    model, inputs = make()
     seconds, traced = timed(
         lambda: trace_module_train(model, (), inputs, optimizer="sgd", lr=RATE)
     )
     targets = [str(op.attrs["target"]) for _, op in traced.module.walk() if op.name == "aten"]
-    errors = {**step_errors(name, traced), "outputs": forward_error(name),
-              **plan_errors(name, traced, number)}  # fmt: skip
+    errors = {**step_errors(make, traced), "outputs": forward_error(make),
+              **plan_errors(make, traced, number)}  # fmt: skip
     return Found(errors, targets, seconds)
 
 
@@ -171,7 +178,7 @@ def main() -> int:
         if options.only not in (None, name) or (options.quick and name not in QUICK):
             continue
         try:
-            found = measure(name, number)
+            found = measure(partial(build, name), number)
         except CompileError as error:
             rows += rows_of(name, None)
             print(f"{name:9}  {error.code}: {error.message}", flush=True)

@@ -206,6 +206,28 @@ def _einsum(c: Lowering, op: Op, cts: Cotangents, wants: Sequence[bool]) -> Cota
     return grads
 
 
+@rule("grouped_product")
+def _grouped_product(c: Lowering, op: Op, cts: Cotangents, wants: Sequence[bool]) -> Cotangents:
+    (x, w, group), d = op.operands, _only(cts)
+    transposed = c.permute(w, (0, 2, 1)) if wants[0] else w
+    return [
+        c.emit("grouped_product", [d, transposed, group]) if wants[0] else None,
+        c.emit("grouped_weight_grad", [d, x, group], None, w.type) if wants[1] else None,
+        None,
+    ]
+
+
+@rule("grouped_weight_grad")
+def _grouped_weight_grad(c: Lowering, op: Op, cts: Cotangents, wants: Sequence[bool]) -> Cotangents:
+    (d, x, group), ct = op.operands, _only(cts)
+    transposed = c.permute(ct, (0, 2, 1)) if wants[1] else ct
+    return [
+        c.emit("grouped_product", [x, ct, group]) if wants[0] else None,
+        c.emit("grouped_product", [d, transposed, group]) if wants[1] else None,
+        None,
+    ]
+
+
 @rule("convolution")
 def _convolution(c: Lowering, op: Op, cts: Cotangents, wants: Sequence[bool]) -> Cotangents:
     (x, w), d = op.operands, _only(cts)

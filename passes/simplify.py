@@ -22,6 +22,7 @@ from .simplify_affine import Affine
 from .simplify_domain import Fact, Small
 from .simplify_facts import infer
 from .simplify_rules import RULES, Rule
+from .unsort import unsort
 
 #: elements that are written out as a literal
 _LITERAL = 64
@@ -71,6 +72,7 @@ def simplify(module: Module, rounds: int = 4, applied: Counter[str] | None = Non
         known = arguments.get(name, {})
         params = table[name].params
         facts = {params[i].name: fact for i, fact in known.items() if fact is not None}
+        table[name] = unsort(table[name])
         for _ in range(rounds):
             before = sum(applied.values())
             walk = _Walk(table[name], applied, facts)

@@ -158,6 +158,27 @@ def scale(x: Affine, by: int) -> Affine:
     return Affine(int(x.offset) * by, tuple(dims))
 
 
+def divide(x: Affine, by: int) -> tuple[Affine, Affine] | None:
+    """(x // by, x % by) of integers by a positive one; None where digits do not line up.
+
+    Digits whose step is a multiple of `by` make the quotient; the others must stay below it.
+    """
+    dims = [[part for factor in factors for part in _cut_step(factor, by)] for factors in x.dims]
+    above, rest = divmod(int(x.offset), by)
+    high = [canonical([(n, s // by if s % by == 0 else 0) for n, s in dim]) for dim in dims]
+    low = [canonical([(n, s if s % by else 0) for n, s in dim]) for dim in dims]
+    quotient, remainder = Affine(above, tuple(high)), Affine(rest, tuple(low))
+    return (quotient, remainder) if remainder.low >= 0 and remainder.high < by else None
+
+
+def _cut_step(factor: Factor, by: int) -> list[Factor]:
+    """A factor cut where its digits reach `by`."""
+    size, step = factor
+    if step > 0 and by % step == 0 and step < by and size % (by // step) == 0:
+        return [(size // (by // step), by), (by // step, step)]
+    return [factor]
+
+
 def slice_dim(x: Affine, dim: int, start: int, step: int, count: int) -> Affine | None:
     """`count` elements start, start + step, ... of a dim."""
     factors = x.dims[dim]

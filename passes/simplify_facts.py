@@ -153,16 +153,16 @@ def _neg(op: Op, a: Mapping[str, Any], known: Sequence[Any]) -> Fact | None:
 
 
 def _wrap(op: Op, a: Mapping[str, Any], known: Sequence[Any]) -> Fact | None:
-    """floor_divide and remainder by a number that the operand stays below."""
+    """floor_divide and remainder by a positive number."""
     x, y = known
     type = op.results[0].type
     plain = isinstance(x, Affine) and isinstance(y, Affine) and y.uniform
     if not plain or type.dtype in FLOATS or type.dtype == "bool" or int(y.offset) <= 0:
         return None
-    if x.low < 0 or x.high >= y.offset:
+    parts = affine.divide(x, int(y.offset))
+    if parts is None:
         return None
-    whole = affine.expand(x, type.shape)
-    return whole if op.name == "remainder" else affine.uniform(0, type.shape)
+    return _checked(affine.expand(parts[op.name == "remainder"], type.shape), type)
 
 
 #: comparison -> (scale of x, scale of y, added): x op y is (scale_x x + scale_y y + added <= 0)

@@ -16,7 +16,7 @@ from ..ir.ops import OPS
 from ..ir.ops.pointwise import broadcast
 from ..ir.types import TensorType
 from .simplify_affine import Affine, uniform
-from .simplify_domain import Choice, Fact
+from .simplify_domain import Choice, Fact, Small
 
 
 class Scope(Protocol):
@@ -212,6 +212,28 @@ def _take_range(op: Op, scope: Scope) -> Result:
     return scope.emit(
         op, "slice", op.operands[:1], op.results[0].type, dim=dim, start=start, stop=stop, step=step
     )
+
+
+def _repeats(fact: Fact | None, size: int, count: int) -> bool:
+    """Is a vector 0, 1, ... size - 1, each `count` times?"""
+    if isinstance(fact, Small):
+        values = [number for number in range(size) for _ in range(count)]
+        return bool(fact.data.tolist() == values)
+    return isinstance(fact, Affine) and fact.offset == 0 and fact.dims == (((size, 1), (count, 0)),)
+
+
+@_rule("take-of-repeats", "a take of 0, 0, 1, 1, ... copies each element in place", "take")
+def _take_repeats(op: Op, scope: Scope) -> Result:
+    x, index = op.operands
+    dim = int(_attrs(op)["dim"])
+    shape, type = x.type.shape, op.results[0].type
+    count = type.shape[dim] // max(shape[dim], 1)
+    if not _repeats(scope.facts.get(index.name), shape[dim], count):
+        return None
+    before, after = shape[: dim + 1], shape[dim + 1 :]
+    column = scope.emit(op, "reshape", [x], TensorType(type.dtype, (*before, 1, *after)))
+    wide = scope.emit(op, "expand", [column], TensorType(type.dtype, (*before, count, *after)))
+    return scope.emit(op, "reshape", [wide], type)
 
 
 # -- arithmetic ------------------------------------------------------------------------------------

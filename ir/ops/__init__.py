@@ -7,6 +7,7 @@ from . import (  # noqa: F401
     collective,
     contraction,
     creation,
+    grouped,
     indexing,
     movement,
     optimizer,

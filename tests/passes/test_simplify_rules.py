@@ -70,6 +70,11 @@ CASES: dict[str, list[Case]] = {
         ("%x: f32[9, 2]", "%i = iota() {start = 2, step = 3} : i64[3]; %a = take(%x, %i) {dim = 0} : f32[3, 2]; return %a"),
         ("%x: f32[9, 2]", "%i = constant() {value = 4} : i64[1]; %a = take(%x, %i) {dim = 0} : f32[1, 2]; return %a"),
     ],
+    "take-of-repeats": [
+        ("%x: f32[3, 2]", "%i = literal() {values = [0, 0, 1, 1, 2, 2]} : i64[6]; %a = take(%x, %i) {dim = 0} : f32[6, 2]; return %a"),
+        ("%x: f32[2, 300]", "%i = iota() : i64[900]; %n = constant() {value = 3} : i64[]; %d = floor_divide(%i, %n) : i64[900]; "
+                            "%a = take(%x, %d) {dim = 1} : f32[2, 900]; return %a"),
+    ],
     "double-negation": [
         ("%x: f32[3]", "%a = neg(%x) : f32[3]; %b = neg(%a) : f32[3]; return %b"),
         ("%x: bool[3]", "%a = logical_not(%x) : bool[3]; %b = logical_not(%a) : bool[3]; return %b"),
@@ -149,6 +154,8 @@ ALIKE: list[tuple[str, str, str]] = [
     ("slice-of-concat", "%x: f32[3], %y: f32[4]", "%a = concat(%x, %y) {dim = 0} : f32[7]; "
                                                   "%b = slice(%a) {dim = 0, start = 2, stop = 4} : f32[2]; return %b"),
     ("take-of-range", "%x: f32[4]", "%i = iota() {start = 3, step = -1} : i64[3]; %a = take(%x, %i) {dim = 0} : f32[3]; return %a"),
+    ("take-of-repeats", "%x: f32[3]", "%i = literal() {values = [0, 1, 2, 0, 1, 2]} : i64[6]; %a = take(%x, %i) {dim = 0} : f32[6]; return %a"),
+    ("take-of-repeats", "%x: f32[4]", "%i = literal() {values = [0, 0, 1, 1, 2, 2]} : i64[6]; %a = take(%x, %i) {dim = 0} : f32[6]; return %a"),
     ("neutral-operand", "%x: f32[3]", "%o = constant() {value = 1.0} : f32[]; %a = floor_divide(%x, %o) : f32[3]; return %a"),
     ("neutral-operand", "%x: f32[3]", "%o = constant() {value = 1.0} : f32[]; %a = div(%o, %x) : f32[3]; return %a"),
     ("neutral-operand", "%x: f32[3]", "%o = constant() {value = 0.0} : f32[]; %a = sub(%o, %x) : f32[3]; return %a"),

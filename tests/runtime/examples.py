@@ -183,6 +183,10 @@ def _contractions() -> None:
         case("convolution", [(x, normal), (w, normal)], [(y,)], note, **attrs)
         case("convolution_input_grad", [(y, normal), (w, normal)], [(x,)], note, **attrs)
         case("convolution_weight_grad", [(y, normal), (x, normal)], [(w,)], note, **attrs)
+    # some rows belong to no group
+    group = ((7,), below(5, -1), "i64")
+    case("grouped_product", [((7, 5), normal), ((4, 5, 6), normal), group])
+    case("grouped_weight_grad", [((7, 6), normal), ((7, 5), normal), group], [((4, 5, 6),)])
 
 
 def _attention() -> None:
