@@ -25,7 +25,11 @@ from ..ir.errors import CompileError
 from ..ir.types import Mesh
 from .devices import DEVICES, Device, Link
 
-_SHORTHAND = re.compile(r"(\d+)\s*[xX]\s*(\d+)\s*:\s*([A-Za-z0-9_.-]+)")
+#: more kinds of hosts than any cluster has
+_MOST_GROUPS = 64
+#: characters of a specification that a message repeats
+_SHOWN = 80
+_SHORTHAND = re.compile(r"(\d{1,9})\s*[xX]\s*(\d{1,9})\s*:\s*([A-Za-z0-9_.-]+)")
 #: more ranks than any cluster has; keeps typing errors from allocating
 _MOST_RANKS = 1 << 20
 
@@ -125,15 +129,31 @@ def _hosts(cluster: Cluster) -> Iterable[list[int]]:
 
 def parse_cluster(text: str) -> Cluster:
     """A cluster from its shorthand or the path of a TOML file. Raises CompileError W0501."""
+    if not isinstance(text, str):
+        raise CompileError(
+            "W0501", "the cluster must be a text", reason=f"it is of type {type(text).__name__}",
+            hint='write for example "2x8:h100", or the path of a .toml file',
+        )  # fmt: skip
     text = text.strip()
     if text.endswith(".toml"):
         return _from_file(Path(text))
-    groups = tuple(_parse_group(part.strip(), text) for part in text.split("+"))
+    parts = text.split("+")
+    if len(parts) > _MOST_GROUPS:
+        raise CompileError(
+            "W0501", f"the cluster has {len(parts)} groups",
+            reason=f"at most {_MOST_GROUPS} are supported", hint="one group for each kind of host",
+        )  # fmt: skip
+    groups = tuple(_parse_group(part.strip(), text) for part in parts)
     return make_cluster(groups)
 
 
 def make_cluster(groups: tuple[Group, ...]) -> Cluster:
-    """A cluster of known device kinds with the links that they come with."""
+    """A cluster of known device kinds with the links that they come with. Raises CompileError."""
+    if sum(group.ranks for group in groups) > _MOST_RANKS:
+        raise CompileError(
+            "W0501", f"the groups have {sum(group.ranks for group in groups)} devices together",
+            reason=f"at most {_MOST_RANKS} ranks are supported", hint="check the numbers of hosts",
+        )  # fmt: skip
     device = DEVICES[groups[0].kind]
     return Cluster(groups, device, device.intra, device.inter)
 
@@ -145,12 +165,17 @@ def _parse_group(part: str, whole: str) -> Group:
         example = f"2x8:{kinds[0]}" if kinds else "2x8:h100"
         raise CompileError(
             "W0501",
-            f"the cluster {whole!r} is not understood",
-            reason=f"{part!r} is not HOSTSxDEVICES:KIND",
+            f"the cluster {_short(whole)} is not understood",
+            reason=f"{_short(part)} is not HOSTSxDEVICES:KIND",
             hint=f"write for example {example!r}, or give the path of a .toml file",
         )
     hosts, devices, kind = int(match[1]), int(match[2]), match[3].lower()
-    return _group(kind, hosts, devices, f"in {whole!r}")
+    return _group(kind, hosts, devices, f"in {_short(whole)}")
+
+
+def _short(text: object) -> str:
+    shown = repr(text)
+    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
 
 
 def _group(kind: str, hosts: int, devices: int, where: str) -> Group:
@@ -159,7 +184,7 @@ def _group(kind: str, hosts: int, devices: int, where: str) -> Group:
         hint = f"did you mean {hosts}x{devices}:{near[0]}?" if near else "use one of these kinds"
         raise CompileError(
             "W0501",
-            f"unknown device kind {kind!r} {where}",
+            f"unknown device kind {_short(kind)} {where}",
             reason=f"the known kinds are {', '.join(DEVICES)}",
             hint=hint,
         )
@@ -185,8 +210,14 @@ _LINKS = ("intra", "inter")
 _DEVICE = ("memory_bytes", "dram_bytes_per_s", "launch_us", "flops_per_s")
 
 
+#: more than any number of a file is: bytes per second, operations per second
+_MOST = 1e30
+#: bytes of a file; a cluster takes hundreds
+_MOST_BYTES = 1 << 20
+
+
 def _bad(path: Path, message: str, reason: str = "", hint: str = "") -> CompileError:
-    return CompileError("W0501", f"{path}: {message}", reason=reason, hint=hint)
+    return CompileError("W0501", f"{str(path)[-200:]}: {message}", reason=reason, hint=hint)
 
 
 def _table(path: Path, value: Any, where: str, known: Iterable[str]) -> Mapping[str, Any]:
@@ -198,7 +229,7 @@ def _table(path: Path, value: Any, where: str, known: Iterable[str]) -> Mapping[
             near = get_close_matches(key, names, 1)
             raise _bad(
                 path,
-                f"unknown key {key!r} in {where}",
+                f"unknown key {_short(key)} in {where}",
                 f"the keys are {', '.join(names)}",
                 f"did you mean {near[0]!r}?" if near else "",
             )
@@ -207,29 +238,34 @@ def _table(path: Path, value: Any, where: str, known: Iterable[str]) -> Mapping[
 
 def _number(path: Path, value: Any, where: str, *, zero: bool = False) -> float:
     good = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not good or not (value > 0 or (zero and value == 0)) or value == float("inf"):
-        raise _bad(path, f"{where} must be a positive number, got {value!r}")
+    if not good or not (value > 0 or (zero and value == 0)) or value > _MOST:
+        raise _bad(path, f"{where} must be a positive number, got {_short(value)}",
+                   hint="bytes, seconds and operations a second are below 1e30")  # fmt: skip
     return float(value)
 
 
 def _count(path: Path, value: Any, where: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise _bad(path, f"{where} must be a whole number, got {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or abs(value) > _MOST:
+        raise _bad(path, f"{where} must be a whole number, got {_short(value)}")
     return value
 
 
 def _from_file(path: Path) -> Cluster:
     try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise _bad(path, f"is larger than {_MOST_BYTES >> 20} MiB", hint="check the path")
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise _bad(path, "cannot be read", str(error), "check the path") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise _bad(path, "is not valid TOML", str(error), "correct the file") from None
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError too
+        raise _bad(path, "is not valid TOML", str(error)[:200], "correct the file") from None
     _table(path, data, "the file", _TOP)
     rows = data.get("groups")
     if not isinstance(rows, list) or not rows:
         raise _bad(path, "needs at least one [[groups]] table", hint='add device = "h100", '
                    "hosts = 2 and devices = 8 under [[groups]]")  # fmt: skip
+    if len(rows) > _MOST_GROUPS:
+        raise _bad(path, f"has {len(rows)} groups", f"at most {_MOST_GROUPS} are supported")
     groups = []
     for index, row in enumerate(rows):
         where = f"groups[{index}]"
@@ -238,7 +274,9 @@ def _from_file(path: Path) -> Cluster:
             if key not in row:
                 raise _bad(path, f"{where} lacks {key!r}", f"it needs {', '.join(_GROUP)}")
         hosts, devices = (_count(path, row[k], f"{where}.{k}") for k in ("hosts", "devices"))
-        groups.append(_group(str(row["device"]).lower(), hosts, devices, f"in {path}"))
+        if not isinstance(row["device"], str):
+            raise _bad(path, f"{where}.device must be a text, got {_short(row['device'])}")
+        groups.append(_group(row["device"].lower(), hosts, devices, f"in {path}"))
     cluster = make_cluster(tuple(groups))
     links = _table(path, data.get("links", {}), "links", _LINKS)
     for name, row in links.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from ..ir.errors import CompileError
 from .driver import Program, Progress, plan_program
 from .load_target import Target, is_train_step
 from .logs import configure
-from .options import OPTIONS, Options
+from .options import OPTIONS, Options, expect
 from .plan import Plan
 from .structure import flatten
 from .trace import trace_forward
@@ -44,6 +45,11 @@ def plan(
 
     Raises CompileError; an exception of the program itself passes through.
     """
+    if not callable(model):
+        expect(model, (torch.nn.Module, FunctionType), "what is planned")
+    expect(example_inputs, (Mapping, Sequence), "example_inputs")
+    expect(optimizer, str, "optimizer")
+    expect(options, Options, "options")
     keywords = isinstance(example_inputs, Mapping)
     args = () if keywords else tuple(example_inputs)
     kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
@@ -64,6 +70,8 @@ def plan_target(
     hyper: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Trace and plan a target. See `plan`."""
+    expect(cluster, str, "cluster")
+    expect(mesh, str, "mesh")
     configure(options.logs)
     progress = Progress(options.progress)
     try:

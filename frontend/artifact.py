@@ -25,17 +25,20 @@ from ..runtime.artifact import FORMAT, PLAN, content_hash, file_hash, plan_hash
 
 def check_target(target: Path) -> None:
     """Raise CompileError W1001 where an artifact cannot go, before any work is spent on it."""
-    if target.exists() and not target.is_dir():
-        raise CompileError(
-            "W1001", f"{target} exists and is not a folder", hint="choose another -o"
-        )
-    if target.is_dir() and any(target.iterdir()) and not (target / PLAN).is_file():
-        raise CompileError(
-            "W1001",
-            f"{target} exists and is not an artifact; it would be overwritten",
-            hint="choose another -o, or remove the folder",
-        )
-    nearest = next(p for p in target.absolute().parents if p.exists())
+    try:
+        if target.exists() and not target.is_dir():
+            raise CompileError(
+                "W1001", f"{target} exists and is not a folder", hint="choose another -o"
+            )
+        if target.is_dir() and any(target.iterdir()) and not (target / PLAN).is_file():
+            raise CompileError(
+                "W1001",
+                f"{target} exists and is not an artifact; it would be overwritten",
+                hint="choose another -o, or remove the folder",
+            )
+        nearest = next(p for p in target.absolute().parents if p.exists())
+    except (OSError, ValueError) as error:  # no file can have such a name, or it cannot be looked at
+        raise _unwritable(Path(str(target)[:80]), error) from None
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise _unwritable(target, f"{nearest} is not a folder that can be written")
 

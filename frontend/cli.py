@@ -33,6 +33,7 @@ from .verify import TOLERANCE, verify_dumps
 
 console = Console(highlight=False)
 _FOLDER = click.Path(path_type=Path)
+_SEED = click.IntRange(0, 2**62)
 
 
 def _diagnosed(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -101,7 +102,7 @@ def compile_command(
 @click.argument("folder", type=_FOLDER)
 @click.option("--steps", default=5, show_default=True, help="Number of steps.")
 @click.option("--lr", type=float, default=None, help="Learning rate; default: that of the example.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of random numbers.")
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Seed of random numbers.")
 @click.option(
     "--trace", type=_FOLDER, default=None, help="Write a Perfetto trace of the last step."
 )
@@ -127,7 +128,7 @@ def run(
 
 @main.command()
 @click.argument("folder", type=_FOLDER)
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random inputs.")
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Seed of the random inputs.")
 @_diagnosed
 def verify(folder: Path, seed: int) -> None:
     """Run every dump on the same inputs in one process and compare; exit 0 only if all agree."""

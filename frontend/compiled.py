@@ -20,7 +20,7 @@ from .compiled_function import CompiledFunction
 from .compiled_module import CompiledModule
 from .entries import Compiler
 from .logs import configure
-from .options import OPTIONS
+from .options import OPTIONS, expect
 
 
 def _compile_class(cls: type[torch.nn.Module], compiler: Callable[[], Compiler]) -> Any:
@@ -72,6 +72,8 @@ def compile(
         return functools.partial(
             compile, cluster=cluster, mesh=mesh, dynamic_shapes=dynamic_shapes, **options
         )
+    expect(cluster, str, "cluster")
+    expect(mesh, (str, DeviceMesh), "mesh")
     chosen = OPTIONS.with_(options)
     configure(chosen.logs)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -56,6 +57,11 @@ def load_target(name: str) -> Target:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
+    except (TypeError, ValueError) as error:  # a relative or empty name
+        raise CompileError(
+            "W1001", f"{module_name!r} is not the name of a module", reason=str(error),
+            hint="write it as in an import, e.g. examples.llama",
+        ) from None  # fmt: skip
     except ModuleNotFoundError as error:
         if error.name and not module_name.startswith(error.name):
             raise  # the user's module is there, but imports something that is not: their traceback
@@ -78,6 +84,15 @@ def load_target(name: str) -> Target:
 
 
 def _unpack(name: str, factory: Callable[[], Any]) -> Target:
+    try:
+        inspect.signature(factory).bind()
+    except TypeError as error:
+        raise CompileError(
+            "W1001", f"{name} cannot be called without arguments", reason=str(error),
+            hint="name a function without arguments that returns (program, args, kwargs)",
+        ) from None  # fmt: skip
+    except ValueError:
+        pass  # a builtin has no signature: the call will tell
     result = factory()
     shaped = isinstance(result, tuple) and len(result) == 3
     if not shaped or not isinstance(result[1], (tuple, list)) or not isinstance(result[2], Mapping):

@@ -15,12 +15,33 @@ from pathlib import Path
 from ..ir.errors import CompileError
 from ..runtime.inductor import check_backend
 
+#: types in words, for messages
+_WORDS: dict[type, str] = {
+    str: "a text", bool: "True or False", os.PathLike: "a path", tuple: "a tuple", list: "a list",
+}  # fmt: skip
+
 
 def _cache_dir(environ: Mapping[str, str]) -> Path:
     if "WEFT_CACHE" in environ:
         return Path(environ["WEFT_CACHE"])
     base = environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base) / "weft"
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def expect(value: object, kinds: type | tuple[type, ...], what: str) -> None:
+    """Raise CompileError W1001 where a value of an argument is of another type."""
+    if isinstance(value, kinds):
+        return
+    known = kinds if isinstance(kinds, tuple) else (kinds,)
+    wanted = " or ".join(_WORDS.get(kind, kind.__name__) for kind in known)
+    raise CompileError(
+        "W1001", f"{what} must be {wanted}", reason=f"it is of type {type(value).__name__}",
+        hint="docs/tutorial.md shows what each argument takes",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,6 +70,18 @@ class Options:
     cpu_backend: str = "eager"
 
     def __post_init__(self) -> None:
+        """Raises CompileError W1001 for a value of another type; texts are taken for `logs`, `cache`."""
+        for name in ("cluster", "pipeline", "cpu_backend"):
+            expect(getattr(self, name), str, f"the option {name}")
+        for name in ("verify_each", "progress", "full_tracebacks"):
+            expect(getattr(self, name), bool, f"the option {name}")
+        expect(self.cache, (str, os.PathLike), "the option cache")
+        logs = _names(self.logs) if isinstance(self.logs, str) else self.logs
+        expect(logs, (tuple, list), "the option logs")
+        for log in logs:
+            expect(log, str, "each of the option logs")
+        object.__setattr__(self, "logs", tuple(logs))
+        object.__setattr__(self, "cache", Path(self.cache))
         check_backend(self.cpu_backend)
 
     @property
@@ -59,12 +92,11 @@ class Options:
     @staticmethod
     def from_environment(environ: Mapping[str, str]) -> Options:
         """The defaults under an environment. Raises CompileError for a value that is no option."""
-        logs = tuple(part.strip() for part in environ.get("WEFT_LOGS", "").split(",") if part)
         return Options(
             cluster=environ.get("WEFT_CLUSTER", ""),
             verify_each=environ.get("WEFT_VERIFY", "1") != "0",
             cache=_cache_dir(environ),
-            logs=logs,
+            logs=_names(environ.get("WEFT_LOGS", "")),
             progress=environ.get("WEFT_PROGRESS", "1") != "0",
             full_tracebacks=environ.get("WEFT_TRACEBACKS", "") == "full",
             cpu_backend=environ.get("WEFT_CPU_BACKEND", "eager"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from .describe import human_bytes
 from .options import OPTIONS
 
 log = logging.getLogger("weft.run")
+#: no host has more devices, and each rank is a process
+MOST_LOCAL_RANKS = 256
 
 
 def under_torchrun() -> bool:
@@ -69,7 +73,7 @@ def run_artifact(
     Raises RunError W0801 for another world size, W0804 without example inputs, W11xx for
     checkpoints.
     """
-    ranks = int(artifact.info["ranks"])
+    ranks = _ranks(artifact)
     if ranks > 1 and not under_torchrun():
         arguments = ["-m", "weft", "run", str(artifact.path), "--steps", str(steps)]
         arguments += ["--seed", str(seed)]
@@ -84,6 +88,25 @@ def run_artifact(
         artifact, check_finite=OPTIONS.trace_nan, cpu_backend=OPTIONS.cpu_backend
     ) as exe:
         _run(exe, steps, lr, seed, trace, console, saving)
+
+
+def _ranks(artifact: Artifact) -> int:
+    """Ranks of the plan, by its schedule. Raises RunError W0701 where the manifest has others."""
+    mesh = artifact.module().mesh
+    ranks = 1 if mesh is None else mesh.size
+    if ranks != artifact.info["ranks"]:
+        raise RunError(
+            "W0701", f"{artifact.path} says {artifact.info['ranks']} ranks, its schedule has {ranks}",
+            reason="plan.json and the last dump do not belong together",
+            hint="copy the folder again, or compile again",
+        )  # fmt: skip
+    if ranks > MOST_LOCAL_RANKS and not under_torchrun():
+        raise RunError(
+            "W0801", f"{artifact.path} is a plan for {ranks} ranks, too many for one host",
+            reason=f"weft run starts at most {MOST_LOCAL_RANKS}",
+            hint=f"start it on every host: torchrun --nnodes ... -m weft run {artifact.path}",
+        )  # fmt: skip
+    return ranks
 
 
 def _run(
@@ -110,7 +133,7 @@ def _run(
     for step in range(start, steps):
         last = step == steps - 1
         if trace is not None and last:
-            with exe.program.tracing(trace):
+            with _written(trace), exe.program.tracing(trace):
                 results = exe.step(*inputs, lr=lr, seed=seed + step)
         else:
             results = exe.step(*inputs, lr=lr, seed=seed + step)
@@ -130,6 +153,18 @@ def _run(
     line += f"peak resident memory {human_bytes(memory.peak_bytes)}"
     console.print(line, markup=False)
     sys.stdout.flush()
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Raises RunError W1001 where the trace cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            "W1001", f"the trace cannot be written to {path}",
+            reason=str(error.strerror or error), hint="make room, or choose another --trace",
+        ) from None  # fmt: skip
 
 
 def _start(exe: Executable, saving: Saving, console: Console) -> int:

@@ -62,7 +62,14 @@ def flatten(obj: Any) -> tuple[list[Tensor], list[str], Structure]:
     """
     tensors: list[Tensor] = []
     names: list[str] = []
-    body = _take(obj, "", tensors, names)
+    try:
+        body = _take(obj, "", tensors, names)
+    except RecursionError:
+        raise CompileError(
+            "W0302", "inputs or outputs are nested too deeply",
+            reason="a list, dict or dataclass holds itself, or hundreds of levels",
+            hint="pass the tensors in a flatter structure",
+        ) from None  # fmt: skip
     return tensors, names, Structure(body, len(tensors))
 
 

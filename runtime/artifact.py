@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 
 from ..ir.errors import RunError
 from ..ir.module import Module
@@ -57,10 +58,15 @@ class Artifact:
 
     @staticmethod
     def open(path: str | Path) -> Artifact:
-        """Open and verify a folder. Raises RunError W0701 or W0702."""
+        """Open and verify a folder. Raises RunError W0701 or W0702, W1001 for what is no path."""
+        if not isinstance(path, (str, os.PathLike)) or "\0" in str(path):
+            raise RunError(
+                "W1001", "the artifact must be the path of a folder",
+                reason=f"it is of type {type(path).__name__}", hint='for example "out"',
+            )  # fmt: skip
         folder = Path(path)
         plan = folder / PLAN
-        if not plan.is_file():
+        if not _is_file(plan):
             raise RunError(
                 "W0701",
                 f"{folder} is not an artifact folder",
@@ -69,21 +75,26 @@ class Artifact:
             )
         try:
             info = json.loads(plan.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RunError(
-                "W0701", f"{plan} cannot be read", reason=str(error), hint=_AGAIN
+                "W0701", f"{plan} cannot be read", reason=str(error)[:200], hint=_AGAIN
             ) from None
         if not isinstance(info, dict) or "format" not in info:
             raise RunError("W0701", f"{plan} is not a plan", reason="no `format`", hint=_AGAIN)
         if info["format"] != FORMAT:
             raise RunError(
                 "W0702",
-                f"{folder} has artifact format {info['format']}, this weft reads {FORMAT}",
-                reason=f"it was written by weft {info.get('weft', '?')}",
+                f"{folder} has artifact format {str(info['format'])[:20]}, this weft reads {FORMAT}",
+                reason=f"it was written by weft {str(info.get('weft', '?'))[:40]}",
                 hint="compile it again with this version, or run it with the one that wrote it",
             )
-        if info.get("plan_hash") != plan_hash(info):
+        try:
+            changed = info.get("plan_hash") != plan_hash(info)
+        except RecursionError:  # written with fewer frames on the stack than it is read with
+            changed = True
+        if changed:
             raise RunError("W0701", f"{plan} was modified", reason="its hash differs", hint=_AGAIN)
+        _check_fields(plan, info)
         artifact = Artifact(folder, info)
         artifact._check_files()
         return artifact
@@ -91,8 +102,8 @@ class Artifact:
     def _check_files(self) -> None:
         for name, expected in self.info["files"].items():
             path = self.path / name
-            if not path.is_file():
-                raise RunError("W0701", f"{path} is missing", hint=_AGAIN)
+            if not _is_file(path):
+                raise RunError("W0701", f"{path} is missing", reason=f"{PLAN} lists it", hint=_AGAIN)
             if file_hash(path) != expected:
                 raise RunError(
                     "W0701",
@@ -109,14 +120,66 @@ class Artifact:
     def module(self, dump: str | Path | None = None) -> Module:
         """The module of one dump; the last one, the schedule, by default."""
         path = Path(dump) if dump is not None else self.dumps[-1]
-        return parse_module(path.read_text(encoding="utf-8"), str(path))
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RunError("W0701", f"{path} cannot be read", reason=str(error), hint=_AGAIN) from None
+        module = parse_module(text, str(path))
+        if not module.functions:
+            raise RunError("W0701", f"{path} holds no program", reason="no function", hint=_AGAIN)
+        return module
 
     def tensors(self, name: str) -> dict[str, Any]:
         """The tensors of `weights` or `inputs` by name; empty when the artifact holds none."""
+        from safetensors.torch import load_file  # torch takes a second, and looking needs none
+
         path = self.path / f"{name}.safetensors"
-        if not path.is_file():
+        if path.name not in self.info["files"]:
             return {}
-        return dict(load_file(path))
+        try:
+            return dict(load_file(path))
+        except (OSError, SafetensorError, ValueError, LookupError) as error:
+            raise RunError(
+                "W0701", f"{path} does not hold tensors", reason=str(error)[:200], hint=_AGAIN
+            ) from None
 
 
 _AGAIN = "copy the folder again, or compile again"
+#: field of plan.json -> its type
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "weft": str, "torch": str, "target": str, "cluster": str, "mesh": str, "ranks": int,
+    "predicted": dict, "dumps": list, "made_by": list, "meta": dict, "files": dict,
+}  # fmt: skip
+_PREDICTED = ("step_us", "memory_bytes")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long or that no file can have
+        return False
+
+
+def _check_fields(plan: Path, info: dict[str, Any]) -> None:
+    """Raise RunError W0701 where a field is missing, of another type, or names a file outside."""
+
+    def wrong(what: str) -> RunError:
+        return RunError("W0701", f"{plan} is not a plan", reason=what, hint=_AGAIN)
+
+    for name, kind in _FIELDS.items():
+        if not isinstance(info.get(name), kind) or isinstance(info[name], bool):
+            raise wrong(f"{name!r} is missing or of another type")
+    if not info["dumps"] or len(info["dumps"]) != len(info["made_by"]):
+        raise wrong("each dump needs the pass that made it")
+    texts = [*info["dumps"], *info["made_by"], *info["files"].values()]
+    if not all(isinstance(text, str) for text in texts):
+        raise wrong("names and hashes must be texts")
+    for name in info["files"]:
+        parts = PurePosixPath(name).parts
+        if name.startswith("/") or ".." in parts or not parts or "\0" in name:
+            raise wrong(f"{name[:80]!r} is not a file of the folder")
+    for name in info["dumps"]:
+        if name not in info["files"]:
+            raise wrong(f"the dump {name[:80]!r} is not among its files")
+    if not all(isinstance(info["predicted"].get(k), (int, float)) for k in _PREDICTED):
+        raise wrong("the prediction has no time or memory")

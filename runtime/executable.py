@@ -82,7 +82,7 @@ class Executable:
         self, *inputs: Tensor, lr: float | Sequence[float] | None = None, seed: int | None = None
     ) -> list[Tensor]:
         """One step on whole inputs; see `Program.step`. `lr` defaults to the example's."""
-        rates = self.artifact.info.get("meta", {}).get("lr") if lr is None else lr
+        rates = self.artifact.info["meta"].get("lr") if lr is None else lr
         return self.program.step(*inputs, lr=rates, seed=seed)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,13 @@ from weft.frontend.artifact import ArtifactWriter, check_target
 from weft.ir.errors import CompileError, RunError
 from weft.ir.module import Function, Module
 from weft.ir.text import print_module
-from weft.runtime.artifact import FORMAT, Artifact, plan_hash
+from weft.runtime.artifact import FORMAT, Artifact, content_hash, file_hash, plan_hash
+
+INFO: dict[str, Any] = {
+    "weft": "test", "torch": "2", "target": "main", "cluster": "1x1:cpu", "mesh": "one rank", "ranks": 1,
+    "predicted": {"step_us": 1.0, "memory_bytes": 2}, "dumps": ["ir/00-trace.weft"], "made_by": ["trace"],
+    "meta": {},
+}  # fmt: skip
 
 
 def write(path: Path) -> Path:
@@ -22,8 +29,46 @@ def write(path: Path) -> Path:
     with ArtifactWriter(path) as writer:
         writer.text("ir/00-trace.weft", print_module(module))
         writer.tensors("weights", {"w": torch.arange(6.0).reshape(2, 3)})
-        writer.commit({"weft": "test", "dumps": ["ir/00-trace.weft"]})
+        writer.commit(INFO)
     return path
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("dumps", []), ("dumps", ["../secret.weft"]), ("dumps", [3]), ("made_by", []), ("ranks", "2"), ("ranks", True),
+     ("predicted", {}), ("meta", []), ("cluster", None)],
+)  # fmt: skip
+def test_a_manifest_with_right_hashes_and_a_wrong_field_is_refused(
+    tmp_path: Path, field: str, value: Any
+) -> None:
+    plan = write(tmp_path / "out") / "plan.json"
+    info = {**json.loads(plan.read_text()), field: value}
+    plan.write_text(json.dumps({**info, "plan_hash": plan_hash(info)}))
+    with pytest.raises(RunError, match="is not a plan") as error:
+        Artifact.open(tmp_path / "out")
+    assert error.value.code == "W0701" and error.value.reason and error.value.hint
+
+
+@pytest.mark.parametrize("name", ["../secret.weft", "/etc/hostname", "ir/../../secret.weft", ""])
+def test_a_manifest_that_names_a_file_outside_is_refused_and_the_file_not_read(
+    tmp_path: Path, name: str
+) -> None:
+    plan = write(tmp_path / "out") / "plan.json"
+    (tmp_path / "secret.weft").write_text("weft 1 logical")
+    info = json.loads(plan.read_text())
+    info["files"][name] = file_hash(tmp_path / "secret.weft")
+    info["content_hash"] = content_hash(info["files"])
+    plan.write_text(json.dumps({**info, "plan_hash": plan_hash(info)}))
+    with pytest.raises(RunError, match="is not a plan") as error:
+        Artifact.open(tmp_path / "out")
+    assert "is not a file of the folder" in error.value.reason
+
+
+@pytest.mark.parametrize("path", [None, 3, ["out"], "a\0b", 1.5])
+def test_what_is_no_path_is_refused(path: Any) -> None:
+    with pytest.raises(RunError, match="must be the path") as error:
+        Artifact.open(path)
+    assert error.value.code == "W1001"
 
 
 def test_what_was_written_is_read_back(tmp_path: Path) -> None:
