@@ -5,6 +5,7 @@
     a TOML file:                  [[groups]]        device = "h100"  hosts = 2  devices = 8
                                   [links.intra]     bytes_per_s = 3e11  latency_s = 1e-6
                                   [links.inter]     bytes_per_s = 3.5e10  latency_s = 5e-6
+                                  [links]           fabric = "nvlink4"
                                   [device]          memory_bytes = 6e10
 
 Ranks are numbered host by host. Every error is a CompileError W0501.
@@ -23,6 +24,7 @@ from typing import Any
 
 from ..ir.errors import CompileError
 from ..ir.types import Mesh
+from .collectives_query import check_fabric
 from .devices import DEVICES, Device, Link
 
 #: more kinds of hosts than any cluster has
@@ -60,12 +62,15 @@ class Cluster:
         device: the device of the first group, with what a file changed about it.
         intra: link between devices of a host.
         inter: link between hosts, per device.
+        fabric: what joins the devices of a host, a key of `collectives_query.FABRICS`; that of the
+            device kind by default.
     """
 
     groups: tuple[Group, ...]
     device: Device
     intra: Link
     inter: Link
+    fabric: str = ""
 
     @property
     def ranks(self) -> int:
@@ -105,11 +110,15 @@ class Cluster:
         """
         return _axis_link(self, mesh, axis)
 
+    def axis_hosts(self, mesh: Mesh, axis: str) -> list[int]:
+        """The host of each member of the first group along a mesh axis."""
+        host_of = [host for group in _hosts(self) for host in group]
+        return [host_of[rank] for rank in mesh.group(0, [axis])]
+
 
 @lru_cache(maxsize=4096)
 def _axis_link(cluster: Cluster, mesh: Mesh, axis: str) -> Link:
-    host_of = [h for g in _hosts(cluster) for h in g]
-    spread = [host_of[rank] for rank in mesh.group(0, [axis])]
+    spread = cluster.axis_hosts(mesh, axis)
     if len(set(spread)) == 1:
         return cluster.intra
     members = spread.count(spread[0])
@@ -206,7 +215,7 @@ def _group(kind: str, hosts: int, devices: int, where: str) -> Group:
 
 
 _TOP, _GROUP = ("name", "groups", "links", "device"), ("device", "hosts", "devices")
-_LINKS = ("intra", "inter")
+_LINKS = ("intra", "inter", "fabric")
 _DEVICE = ("memory_bytes", "dram_bytes_per_s", "launch_us", "flops_per_s")
 
 
@@ -279,7 +288,16 @@ def _from_file(path: Path) -> Cluster:
         groups.append(_group(row["device"].lower(), hosts, devices, f"in {path}"))
     cluster = make_cluster(tuple(groups))
     links = _table(path, data.get("links", {}), "links", _LINKS)
+    if "fabric" in links:
+        fabric = str(links["fabric"])
+        joined = check_fabric(fabric).devices
+        if any(group.devices > joined for group in groups):
+            raise _bad(path, f"links.fabric: {fabric} joins at most {joined} devices",
+                       f"a host has {max(g.devices for g in groups)}", "correct one of the two")  # fmt: skip
+        cluster = replace(cluster, fabric=fabric)
     for name, row in links.items():
+        if name == "fabric":
+            continue
         row = _table(path, row, f"links.{name}", [f.name for f in fields(Link)])
         values = {k: _number(path, v, f"links.{name}.{k}", zero=k != "bytes_per_s")
                   for k, v in row.items()}  # fmt: skip

@@ -18,7 +18,7 @@ from ..ir.opdef import OPS, bytes_of, signature_of
 from ..ir.signature import Signature
 from ..ir.types import FLOATS, Mesh, Placement, TensorType, local_bytes, shard_size
 from .cluster import Cluster
-from .collectives import collective_time_us
+from .collectives import collective_time_us, spread_of
 from .devices import COMPUTE_EFFICIENCY, DRAM_EFFICIENCY
 
 #: ops that only change how memory is read: no kernel runs
@@ -90,8 +90,8 @@ def _lse_fixup_us(
 ) -> float:
     """Log-sum-exp of the last result over each axis that splits such a dim, then a rescaling."""
     axes = [
-        (name, parts)
-        for (name, parts), state in zip(mesh.axes, states, strict=True)
+        name
+        for name, state in zip(mesh.names, states, strict=True)
         if state in signature.dims and signature.dims[state].combine == "lse"
     ]
     if not axes:
@@ -99,8 +99,8 @@ def _lse_fixup_us(
     outs = signature.placements(states)[1]
     last = _bytes(op.results[-1].type, outs[-1], mesh)
     time_us = sum(
-        collective_time_us("lse_combine", last, parts, cluster.axis_link(mesh, name))
-        for name, parts in axes
+        collective_time_us("lse_combine", last, spread_of(cluster, mesh, name), cluster)
+        for name in axes
     )
     rescaled = 2 * sum(_bytes(v.type, p, mesh) for v, p in zip(op.results, outs, strict=True))
     # difference of the two log-sum-exps, its exponential, the product
