@@ -4,20 +4,27 @@
               -> steps, matched transfers        simulate_program, times from simulate_cost
               -> when each begins and ends       simulate_engine, shares of links simulate_rates
               -> what that means                 simulate_result, simulate_memory
+              -> files                           simulate_export, simulate_chakra, simulate_compare
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ..ir.errors import CompileError
-from ..ir.module import Module
+from ..ir.module import Function, Module
+from ..ir.trace_events import Event, from_zero, write_events
 from ..ir.types import Mesh
 from .cluster import Cluster
-from .simulate_cost import Costs, ModelCosts
-from .simulate_engine import Engine, Settings
-from .simulate_program import read_programs
-from .simulate_result import Simulation, Timeline
+from .simulate_chakra import write_chakra
+from .simulate_compare import Comparison, compare
+from .simulate_cost import Costs, ModelCosts, Scaled
+from .simulate_engine import Engine, Run, Settings
+from .simulate_export import trace_events
+from .simulate_program import Replay, read_programs
+from .simulate_result import Result, Timeline
 from .simulate_world import World
 
 #: Replays under NCCL. Compute that overlaps with communication took 18.9 % longer on average on
@@ -33,6 +40,80 @@ GLOO = Settings(at_once=2)
 def settings_of(kind: str) -> Settings:
     """What is assumed about a device kind."""
     return GLOO if kind == "cpu" else NCCL
+
+
+#: what `what_if` can make faster
+PARTS = ("device", "intra", "inter")
+
+
+class Simulation(Result):
+    """A replayed step of all ranks, and what else can be asked about it.
+
+    Made by `simulate`.
+    """
+
+    def __init__(self, question: _Question, replay: Replay, run: Run) -> None:
+        super().__init__(replay, run)
+        self._question = question
+        self.cluster, self.settings = question.cluster, question.settings
+
+    def what_if(
+        self, link: str = "", factor: float = 2.0, *, device: bool = False
+    ) -> Simulation:
+        """The same plan with a link, or the devices, `factor` times as fast.
+
+        Everything that uses the part takes `1 / factor` of its time alone, latency included.
+
+        Args:
+            link: `intra`, inside a host, or `inter`, between hosts.
+            device: all devices instead of a link.
+
+        Raises CompileError W1001 for another part, or a factor that is not positive.
+        """
+        part = "device" if device and not link else link
+        if part not in PARTS or (device and link):
+            raise CompileError(
+                "W1001", f"there is no part {part!r} that could be faster",
+                reason=f"the parts are {', '.join(PARTS)}", hint='for example what_if("inter", 2)',
+            )  # fmt: skip
+        if not 0 < factor < float("inf"):
+            raise CompileError("W1001", f"{factor} times as fast: the factor must be positive")
+        costs = Scaled(self._question.costs, part, factor)
+        return _replay(replace(self._question, costs=costs))
+
+    def events(self, ranks: Iterable[int] | None = None) -> list[Event]:
+        """The step in the form of measured traces; one rank of each class by default."""
+        return trace_events(self, ranks)
+
+    def save_perfetto(
+        self, path: str | Path, ranks: Iterable[int] | None = None, measured: Sequence[Event] = ()
+    ) -> Path:
+        """Write a timeline for ui.perfetto.dev, `.json` or `.json.gz`.
+
+        Args:
+            ranks: one of each class by default.
+            measured: events of a measured trace, which are laid beside it, both from 0 on.
+        """
+        return write_events(path, [*self.events(ranks), *from_zero(measured)])
+
+    def save_chakra(self, folder: str | Path, ranks: Sequence[int] | None = None) -> Path:
+        """Write Chakra execution traces, `weft.RANK.et` for each rank (see `simulate_chakra`)."""
+        return write_chakra(self, folder, ranks)
+
+    def compare(self, events: Sequence[Event]) -> Comparison:
+        """Predicted against measured, action by action. Raises RunError W1201."""
+        return compare(self, events)
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What was asked: all that a replay needs."""
+
+    modules: tuple[Module, ...]
+    cluster: Cluster
+    settings: Settings
+    costs: Costs
+    symmetric: bool
 
 
 def simulate(
@@ -56,7 +137,7 @@ def simulate(
     Raises CompileError W0201 for a module of another level, W0501 where the cluster does not fit,
     RunError W0802 where the ranks' schedules do not fit together or deadlock.
     """
-    modules = [stages] if isinstance(stages, Module) else list(stages)
+    modules = (stages,) if isinstance(stages, Module) else tuple(stages)
     mesh = _mesh_of(modules)
     ranks = mesh.size * len(modules)
     cluster.homogeneous()
@@ -66,12 +147,21 @@ def simulate(
             reason="each rank's part of every tensor was fixed when the plan was made",
             hint=f"name a cluster of {ranks} devices, or plan again for this one",
         )  # fmt: skip
-    functions = {f.name: f for module in modules for f in module.functions[1:]}
-    world = World([module.entry for module in modules], mesh, cluster, symmetric)
     settings = settings or settings_of(cluster.device.kind)
-    replay = read_programs(world, costs or ModelCosts(mesh, cluster, functions), functions)
-    run = Engine(replay, settings).run()
-    return Simulation(replay, run, cluster, settings)
+    costs = costs or ModelCosts(mesh, cluster, _kernels(modules))
+    return _replay(_Question(modules, cluster, settings, costs, symmetric))
+
+
+def _replay(question: _Question) -> Simulation:
+    modules = question.modules
+    mesh, entries = _mesh_of(modules), [module.entry for module in modules]
+    world = World(entries, mesh, question.cluster, question.symmetric)
+    replay = read_programs(world, question.costs, _kernels(modules))
+    return Simulation(question, replay, Engine(replay, question.settings).run())
+
+
+def _kernels(modules: Sequence[Module]) -> dict[str, Function]:
+    return {f.name: f for module in modules for f in module.functions[1:]}
 
 
 def _mesh_of(modules: Sequence[Module]) -> Mesh:

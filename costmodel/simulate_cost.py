@@ -20,12 +20,26 @@ Coord = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Transfer:
-    """What a communication moves: the op's name, the most bytes that a member holds before it, and
-    the number of members."""
+    """What a communication moves.
+
+    Attributes:
+        name: of the op.
+        bytes: the most that a member holds before it.
+        members: number of ranks that take part.
+        per_host: of them, on one host.
+        axis: the mesh axis, or `stage`.
+    """
 
     name: str
     bytes: int
     members: int
+    per_host: int
+    axis: str
+
+    @property
+    def inter(self) -> bool:
+        """Does it go between hosts?"""
+        return self.members > self.per_host
 
 
 class Costs(Protocol):
@@ -34,8 +48,32 @@ class Costs(Protocol):
     def action_us(self, op: Op, coord: Coord) -> float:
         """Time of a local action on the rank at a mesh coordinate."""
 
-    def transfer_us(self, transfer: Transfer, axis: str, inter: bool) -> tuple[float, float]:
-        """Time of a transfer along a mesh axis (or `stage`), and that of one of no bytes."""
+    def transfer_us(self, transfer: Transfer) -> tuple[float, float]:
+        """Time of a transfer, and that of one of no bytes."""
+
+
+@dataclass
+class Scaled:
+    """The times of other costs, with a device or a link `factor` times as fast.
+
+    Args:
+        part: `device`, `intra` (transfers inside a host) or `inter` (transfers between hosts).
+    """
+
+    costs: Costs
+    part: str
+    factor: float
+
+    def action_us(self, op: Op, coord: Coord) -> float:
+        """Time of a local action. See `Costs`."""
+        time_us = self.costs.action_us(op, coord)
+        return time_us / self.factor if self.part == "device" else time_us
+
+    def transfer_us(self, transfer: Transfer) -> tuple[float, float]:
+        """Time of a transfer, and that of one of no bytes. See `Costs`."""
+        whole, empty = self.costs.transfer_us(transfer)
+        faster = self.part == ("inter" if transfer.inter else "intra")
+        return (whole / self.factor, empty / self.factor) if faster else (whole, empty)
 
 
 @dataclass
@@ -52,6 +90,7 @@ class ModelCosts:
 
     def __post_init__(self) -> None:
         self._times: dict[Hashable, float] = {}
+        self._transfers: dict[Transfer, tuple[float, float]] = {}
         self._shapes: dict[tuple[int, Coord], tuple[int, ...]] = {}
         self._types: dict[int, int] = {}  # id -> number of an equal type
         self._numbers: dict[TensorType, int] = {}
@@ -122,21 +161,20 @@ class ModelCosts:
         operands, results = tuple(map(fit, op.operands)), tuple(map(fit, op.results))
         return op.with_(operands=operands, results=results) if changed else None
 
-    def transfer_us(self, transfer: Transfer, axis: str, inter: bool) -> tuple[float, float]:
+    def transfer_us(self, transfer: Transfer) -> tuple[float, float]:
         """Time of a transfer, and that of one of no bytes. See `Costs`."""
-        key = (transfer, axis, inter)
-        found = self._times.get(key)
+        found = self._transfers.get(transfer)
         if found is None:
-            found = self._times[key] = self._transfer_us(transfer, transfer.bytes, axis, inter)
-            self._times[key, "empty"] = self._transfer_us(transfer, 0, axis, inter)
-        return found, self._times[key, "empty"]
-
-    def _transfer_us(self, transfer: Transfer, size: int, axis: str, inter: bool) -> float:
-        if axis in self.mesh.names:
-            link = self.cluster.axis_link(self.mesh, axis)
-        else:
-            link = self.cluster.inter if inter else self.cluster.intra
-        return collective_time_us(transfer.name, size, transfer.members, link)
+            if transfer.axis in self.mesh.names:
+                link = self.cluster.axis_link(self.mesh, transfer.axis)
+            else:
+                link = self.cluster.inter if transfer.inter else self.cluster.intra
+            whole, empty = (
+                collective_time_us(transfer.name, size, transfer.members, link)
+                for size in (transfer.bytes, 0)
+            )
+            found = self._transfers[transfer] = whole, min(whole, empty)
+        return found
 
 
 def local_bytes_at(type: TensorType, mesh: Mesh, coord: Coord) -> int:

@@ -26,12 +26,12 @@ class Memory:
     Attributes:
         changes: (position of the action, bytes from its start on), the first one with position -1.
         peak_bytes: the largest of them.
-        at_peak: what is held then.
+        peak_at: the position where they are reached first.
     """
 
     changes: list[tuple[int, int]] = field(default_factory=list)
     peak_bytes: int = 0
-    at_peak: list[Owner] = field(default_factory=list)
+    peak_at: int = -1
 
 
 class _Holder:
@@ -41,6 +41,7 @@ class _Holder:
         self, function: Function, mesh: Mesh, coord: tuple[int, ...], kinds: Mapping[str, str]
     ) -> None:
         self.mesh, self.coord, self.kinds = mesh, coord, kinds
+        self.reused = _reusing(function)
         self.sizes: dict[int, int] = {}  # id of a type -> bytes of a shard
         self.storage: dict[str, str] = {}  # value -> the value whose memory it is
         self.users: Counter[str] = Counter()  # memory -> values that are not freed yet
@@ -59,13 +60,16 @@ class _Holder:
         self.held[name] = (kind, owner, size)
         self.live += size
 
-    def make(self, op: Op) -> None:
-        """The results of an op begin to live."""
-        shares = op.name in VIEWS or op.name == "wait"
-        for index, value in enumerate(op.results):
+    def step(self, index: int, op: Op) -> None:
+        """The action at a position: its results begin to live, or what it frees ends."""
+        if op.name == "free":
+            self._free(op)
+            return
+        shares = op.name in VIEWS or op.name == "wait" or index in self.reused
+        for number, value in enumerate(op.results):
             root = self.storage.get(op.operands[0].name) if shares else None
             if op.attrs.get("inplace"):
-                root = self.storage.get(op.operands[OVERWRITES[op.name][index]].name)
+                root = self.storage.get(op.operands[OVERWRITES[op.name][number]].name)
             if root is not None and root in self.held:
                 self.storage[value.name] = root
                 self.users[root] += 1
@@ -73,8 +77,7 @@ class _Holder:
                 kind = self.kinds.get(value.name, TRANSIENT)
                 self._take(value.name, kind, op.loc.path, value.type)
 
-    def free(self, op: Op) -> None:
-        """The operands of a `free` end."""
+    def _free(self, op: Op) -> None:
         for value in op.operands:
             root = self.storage.pop(value.name, value.name)
             self.users[root] -= 1
@@ -85,39 +88,54 @@ class _Holder:
 def memory_of(function: Function, mesh: Mesh, coord: tuple[int, ...]) -> Memory:
     """Replay the allocations and frees of a schedule's entry at a mesh coordinate.
 
-    A value lives from the start of its action to its `free`; parameters and results live on.
+    A value lives from the start of its action to its `free`; parameters and results live on. An
+    all_reduce that is the last to read its operand takes its memory, as the executor does.
     """
-    kinds = kinds_of(function)
-    holder = _Holder(function, mesh, coord, kinds)
-    memory = Memory([(-1, holder.live)])
-    peak = holder.live
-    best = -1
+    holder = _Holder(function, mesh, coord, {})
+    memory = Memory([(-1, holder.live)], holder.live)
     for index, op in enumerate(function.ops):
         before = holder.live
-        if op.name == "free":
-            holder.free(op)
-        else:
-            holder.make(op)
+        holder.step(index, op)
         if holder.live != before:
             memory.changes.append((index, holder.live))
-            if holder.live > peak:
-                peak, best = holder.live, index
-    memory.peak_bytes = peak
-    memory.at_peak = _held_at(function, mesh, coord, kinds, best)
+            if holder.live > memory.peak_bytes:
+                memory.peak_bytes, memory.peak_at = holder.live, index
     return memory
 
 
-def _held_at(
-    function: Function, mesh: Mesh, coord: tuple[int, ...], kinds: Mapping[str, str], last: int
-) -> list[Owner]:
-    """What is held behind the action at a position: a second replay, to copy the table once only."""
-    holder = _Holder(function, mesh, coord, kinds)
-    for op in function.ops[: last + 1]:
-        if op.name == "free":
-            holder.free(op)
-        else:
-            holder.make(op)
+def held_at(function: Function, mesh: Mesh, coord: tuple[int, ...], index: int) -> list[Owner]:
+    """What is held behind the action at a position."""
+    holder = _Holder(function, mesh, coord, kinds_of(function))
+    for position, op in enumerate(function.ops[: index + 1]):
+        holder.step(position, op)
     return list(holder.held.values())
+
+
+def _reusing(function: Function) -> frozenset[int]:
+    """Positions of the all_reduces whose result takes the memory of their operand: a value of its
+    own, no view of it was ever made, and nothing reads it later."""
+    if not any(op.name == "all_reduce" for op in function.ops):
+        return frozenset()
+    ends = {op.operands[0].name: i for i, op in enumerate(function.ops) if op.name == "wait"}
+    unfit = {value.name for value in (*function.params, *function.results)}
+    reads: dict[str, list[tuple[int, int]]] = {}  # value -> (reader, when it has done reading)
+    for index, op in enumerate(function.ops):
+        if op.name == "free":
+            continue
+        end = ends.get(op.results[0].name, index) if op.attrs.get("async") else index
+        for value in op.operands:
+            reads.setdefault(value.name, []).append((index, end))
+        if op.name in VIEWS or op.name == "wait":  # neither it nor its operand is alone in memory
+            unfit.update((op.operands[0].name, op.results[0].name))
+        if op.attrs.get("inplace"):
+            unfit.update(value.name for value in op.results)
+    found = set()
+    for index, op in enumerate(function.ops):
+        if op.name != "all_reduce" or op.operands[0].name in unfit:
+            continue
+        if all(reader == index or end < index for reader, end in reads[op.operands[0].name]):
+            found.add(index)
+    return frozenset(found)
 
 
 def kinds_of(function: Function) -> dict[str, str]:

@@ -106,9 +106,10 @@ class _Reader:
         return Replay(self.world, steps, self.channels, self.jobs)
 
     def _price(self, channel: Channel, job: Job) -> None:
-        members = len(channel.members)
-        transfer = Transfer(job.op.name, job.size, members)
-        job.time_us, empty_us = self.costs.transfer_us(transfer, channel.axis, channel.inter)
+        transfer = Transfer(
+            job.op.name, job.size, len(channel.members), channel.per_host, channel.axis
+        )
+        job.time_us, empty_us = self.costs.transfer_us(transfer)
         if job.time_us > 0:
             busy = max(0.0, 1.0 - empty_us / job.time_us)  # the rest is latency: no bandwidth
             job.uses = tuple((resource, use * busy) for resource, use in channel.uses)

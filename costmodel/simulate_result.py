@@ -8,9 +8,8 @@ from functools import cached_property
 
 from ..ir.module import Function, Op
 from ..ir.types import Mesh
-from .cluster import Cluster
-from .simulate_engine import Run, Settings
-from .simulate_memory import Memory, Owner, memory_of
+from .simulate_engine import Run
+from .simulate_memory import Memory, Owner, held_at, memory_of
 from .simulate_program import COMPUTE, START, SYNC, WAIT, Job, Replay
 from .simulate_world import Channel
 
@@ -73,16 +72,15 @@ class PathStep:
     duration_us: float
 
 
-class Simulation:
+class Result:
     """A replayed step of all ranks.
 
     Attributes:
         step_us: when the last action ends.
     """
 
-    def __init__(self, replay: Replay, run: Run, cluster: Cluster, settings: Settings) -> None:
+    def __init__(self, replay: Replay, run: Run) -> None:
         self._replay, self._run = replay, run
-        self.cluster, self.settings = cluster, settings
         ends = [end[-1] for end in run.end_us if end]
         self.step_us = max(ends, default=0.0)
 
@@ -107,6 +105,10 @@ class Simulation:
         """The program that a rank runs."""
         world = self._replay.world
         return world.functions[world.stage(rank)]
+
+    def coord(self, rank: int) -> tuple[int, ...]:
+        """The mesh coordinate of a rank inside its stage."""
+        return self._replay.world.coord(rank)
 
     def members(self, rank: int, axis: str) -> Sequence[int]:
         """The ranks of a rank's process group along an axis."""
@@ -205,7 +207,12 @@ class Simulation:
     @property
     def at_peak(self) -> list[Owner]:
         """What the fullest rank holds at its peak: (kind, owner, bytes)."""
-        return self.memory(self.fullest).at_peak
+        return self._held(self.fullest)
+
+    def _held(self, rank: int) -> list[Owner]:
+        world = self._replay.world
+        function, coord = self.program(rank), world.coord(rank)
+        return held_at(function, world.mesh, coord, self.memory(rank).peak_at)
 
     # -- views ----------------------------------------------------------------------------------
 
@@ -232,7 +239,7 @@ class Simulation:
                 span = job.end_us - job.start_us
                 timeline.slices.append((f"axis {axis}", name, op.loc.path, job.start_us, span))
         memory = self.memory(rank)
-        timeline.peak_bytes, timeline.at_peak = memory.peak_bytes, memory.at_peak
+        timeline.peak_bytes, timeline.at_peak = memory.peak_bytes, self._held(rank)
         timeline.memory = self._memory_times(memory, times)
         return timeline
 

@@ -31,7 +31,7 @@ class Channel:
         uses: share of each resource that all groups of this channel take together while they
             transfer at full speed.
         one: the largest share that a single group takes of any resource.
-        inter: does a group span hosts?
+        per_host: members on a host.
     """
 
     axis: str
@@ -39,7 +39,7 @@ class Channel:
     members: tuple[int, ...]
     uses: tuple[tuple[Resource, float], ...] = ()
     one: float = 1.0
-    inter: bool = False
+    per_host: int = 1
 
 
 @dataclass
@@ -211,7 +211,7 @@ class World:
         hosts = {self.host[r] for r in members}
         if len(hosts) == 1:
             ports = tuple(((way, c), 1.0) for c in classes for way in ("out", "in"))
-            return Channel(axis, classes, tuple(members), ports)
+            return Channel(axis, classes, tuple(members), ports, 1.0, len(members))
         around = tuple(self.colour[r] for r in members)
         uses: dict[Resource, float] = {}
         one = 0.0
@@ -226,7 +226,8 @@ class World:
                     one = max(one, share)
             for way in ("nic out", "nic in"):
                 uses[way, self.host_colour[host]] = total
-        return Channel(axis, classes, tuple(members), tuple(uses.items()), one, True)
+        on_first = sum(self.host[r] == self.host[members[0]] for r in members)
+        return Channel(axis, classes, tuple(members), tuple(uses.items()), one, on_first)
 
     def pair_channel(self, source: int, target: int) -> Channel:
         """The channel from a rank to the rank at its coordinate of another stage."""
@@ -234,7 +235,7 @@ class World:
         near, far = self.host[source], self.host[target]
         if near == far:
             uses: tuple[tuple[Resource, float], ...] = ((("out", one), 1.0), (("in", two), 1.0))
-            return Channel("stage", (one, two), (source, target), uses)
+            return Channel("stage", (one, two), (source, target), uses, 1.0, 2)
         here = range(near * self.per_host, min(self.size, (near + 1) * self.per_host))
         stage = self.stage(target)
         pairs = sum(
@@ -245,7 +246,7 @@ class World:
             (("nic out", self.host_colour[near]), share),
             (("nic in", self.host_colour[far]), share),
         )
-        return Channel("stage", (one, two), (source, target), uses, 1 / self.per_host, True)
+        return Channel("stage", (one, two), (source, target), uses, 1 / self.per_host)
 
 
 def _partner_stages(function: Function) -> tuple[int, ...]:

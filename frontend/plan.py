@@ -17,7 +17,6 @@ from torch import Tensor
 from ..codegen.emit import emit_kernels
 from ..costmodel.cluster import Cluster, parse_cluster
 from ..costmodel.simulate import Simulation, Timeline, simulate
-from ..costmodel.simulate_export import trace_events
 from ..ir.errors import CompileError
 from ..ir.module import LEVELS, Module
 from ..ir.text import print_module
@@ -156,7 +155,7 @@ class Plan:
             kind = self.cluster.groups[0].kind
             kernels = writer.folder / "kernels"
             emit_kernels(self.module("schedule"), kernels, kind, cache=OPTIONS.cache / "kernels")
-            writer.gzipped("timeline.json.gz", trace_text(trace_events(self.simulation)))
+            writer.gzipped("timeline.json.gz", trace_text(self.simulation.events()))
             writer.text("report.html", self.report())
             writer.commit(self._info(names))
 

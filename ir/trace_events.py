@@ -103,6 +103,13 @@ def read_events(path: str | Path) -> list[Event]:
     return events
 
 
+def from_zero(events: Iterable[Event]) -> list[Event]:
+    """The events moved in time so that the first one starts at 0."""
+    found = list(events)
+    first = min((e["ts"] for e in found if "ts" in e), default=0.0)
+    return [{**e, "ts": e["ts"] - first} if "ts" in e else e for e in found]
+
+
 def merge(paths: Iterable[str | Path], target: str | Path) -> Path:
     """One trace of several files."""
     return write_events(target, [event for path in paths for event in read_events(path)])

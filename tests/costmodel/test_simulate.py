@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import pytest
+from tests.costmodel.simulate_costs import Fixed, Sized
 from tests.runtime.random_schedules import valid
 
 from weft.costmodel.cluster import parse_cluster
 from weft.costmodel.simulate import Settings, Simulation, simulate
-from weft.costmodel.simulate_cost import Transfer, local_bytes_at
 from weft.ir.errors import WeftError
-from weft.ir.module import Module, Op
+from weft.ir.module import Module
 from weft.ir.parser import parse_module
-from weft.ir.types import Mesh
 
 OVERLAP = """weft 1 schedule
 mesh [dp=2] "cpu"
@@ -28,34 +25,6 @@ func @main(%x: f32[8]{S(0)} {role = "input", name = "x"}) -> (f32[8]{S(0)} {role
   return %3
 }
 """
-
-
-class Fixed:
-    """Times by the name of the op; a transfer's is that, `empty` of it latency."""
-
-    def __init__(self, times: Mapping[str, float], empty: float = 0.0) -> None:
-        self.times, self.empty = times, empty
-
-    def action_us(self, op: Op, coord: tuple[int, ...]) -> float:
-        return self.times.get(op.name, 0.0)
-
-    def transfer_us(self, transfer: Transfer, axis: str, inter: bool) -> tuple[float, float]:
-        time_us = self.times.get(transfer.name, 0.0)
-        return time_us, self.empty * time_us
-
-
-class Sized:
-    """Times from the bytes of a rank's shards: what a random schedule of any shapes can have."""
-
-    def __init__(self, mesh: Mesh) -> None:
-        self.mesh = mesh
-
-    def action_us(self, op: Op, coord: tuple[int, ...]) -> float:
-        return 1 + sum(local_bytes_at(v.type, self.mesh, coord) for v in op.results) / 100
-
-    def transfer_us(self, transfer: Transfer, axis: str, inter: bool) -> tuple[float, float]:
-        slow = 2 if inter else 1
-        return slow * (3 + transfer.bytes / 50), slow * 3
 
 
 def test_communication_behind_compute_is_not_exposed() -> None:
