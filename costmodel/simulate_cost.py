@@ -11,7 +11,7 @@ from ..ir.opdef import OPS
 from ..ir.signature import SignatureError
 from ..ir.types import DTYPES, Mesh, Placement, TensorType, local_shape
 from .cluster import Cluster
-from .collectives import LOCAL, collective_time_us
+from .collectives import LOCAL, Spread, collective_time_us
 from .devices import DRAM_EFFICIENCY
 from .estimate import op_time_us
 
@@ -165,12 +165,9 @@ class ModelCosts:
         """Time of a transfer, and that of one of no bytes. See `Costs`."""
         found = self._transfers.get(transfer)
         if found is None:
-            if transfer.axis in self.mesh.names:
-                link = self.cluster.axis_link(self.mesh, transfer.axis)
-            else:
-                link = self.cluster.inter if transfer.inter else self.cluster.intra
+            spread = Spread(transfer.members, transfer.per_host)
             whole, empty = (
-                collective_time_us(transfer.name, size, transfer.members, link)
+                collective_time_us(transfer.name, size, spread, self.cluster)
                 for size in (transfer.bytes, 0)
             )
             found = self._transfers[transfer] = whole, min(whole, empty)
