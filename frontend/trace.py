@@ -23,10 +23,13 @@ from .aten import Lowering
 from .aten_grouped import AnyDtype
 from .capture import AtenProgram, RefuseReads, VaryingDims, capture
 from .complex_pair import Pair, is_complex, split
+from .rewrites import Rewrites
 from .structure import Structure, flatten
 
 #: constants with at most this many elements are written out in the program
 LITERAL_ELEMENTS = 64
+#: results that are new values of parameters and buffers
+_MUTATIONS = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
 #: the attribute that holds the user's modules below the traced root
 _ROOT = "m"
 
@@ -112,7 +115,7 @@ class Root(torch.nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the program; remember the structure of its result."""
         args, kwargs = self._run.inputs.build(tensors)
-        with RefuseReads(), AnyDtype():
+        with RefuseReads(), Rewrites(), AnyDtype():
             result = self._run.call(*args, **kwargs)
         out, _, self._run.outputs = flatten(result)
         return tuple(out)
@@ -292,7 +295,7 @@ def _finish(
     attrs: list[dict[str, Attr]] = []
     updates: dict[str, Value] = {}
     for value, spec in zip(outputs, program.graph_signature.output_specs, strict=True):
-        if spec.kind is OutputKind.BUFFER_MUTATION and not isinstance(value, Pair):
+        if spec.kind in _MUTATIONS and not isinstance(value, Pair):
             name = names[str(spec.target)]
             updates[name] = c.cast(value, types[name].dtype)
         elif isinstance(value, Pair):
