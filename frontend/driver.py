@@ -15,15 +15,13 @@ from torch import Tensor
 
 from ..costmodel.cluster import parse_cluster
 from ..ir.module import Module
-from ..passes.base import Pass
 from ..passes.carry import Carry
 from ..passes.manager import PassManager
 from ..passes.pipeline import parse_pipeline
 from ..passes.place import Place
 from ..passes.random_place import RandomPlace
-from ..passes.registry import PASSES
-from .differentiate import Differentiate
 from .options import Options
+from .pass_table import ALL_PASSES
 from .plan import Plan
 from .report import Dump
 
@@ -31,10 +29,6 @@ log = logging.getLogger("weft.trace")
 
 #: what takes longer shows that it is alive
 _PATIENCE_S = 2.0
-
-
-#: every pass that a pipeline's text may name: those of the floor below, and this floor's own
-ALL_PASSES: dict[str, type[Pass]] = {**PASSES, Differentiate.name: Differentiate}
 
 
 #: the passes that decide where everything is

@@ -14,8 +14,7 @@ from difflib import get_close_matches
 from typing import TextIO
 
 from ..ir.errors import CompileError
-from ..passes.registry import PASSES
-from .differentiate import Differentiate
+from .pass_table import ALL_PASSES
 
 #: name -> what it tells
 LOGGERS: dict[str, str] = {
@@ -27,7 +26,7 @@ LOGGERS: dict[str, str] = {
     "nan": "the first action whose result is not finite; costs a check of each result",
 }
 #: every pass is a name as well
-_PASSES = (*PASSES, Differentiate.name)
+_PASSES = tuple(ALL_PASSES)
 _LEVELS = {"": logging.INFO, "+": logging.DEBUG, "-": logging.ERROR}
 
 

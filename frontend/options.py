@@ -13,7 +13,6 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from ..ir.errors import CompileError
-from ..runtime.inductor import check_backend
 
 #: types in words, for messages
 _WORDS: dict[type, str] = {
@@ -82,7 +81,10 @@ class Options:
             expect(log, str, "each of the option logs")
         object.__setattr__(self, "logs", tuple(logs))
         object.__setattr__(self, "cache", Path(self.cache))
-        check_backend(self.cpu_backend)
+        if self.cpu_backend != Options.cpu_backend:
+            from ..runtime.inductor import check_backend  # torch takes a second to load
+
+            check_backend(self.cpu_backend)
 
     @property
     def trace_nan(self) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from weft.frontend import cli
+from weft.frontend import cli_compile
 from weft.frontend.cli import main
 from weft.runtime.artifact import Artifact
 
@@ -40,12 +40,12 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def environment(**variables: str) -> Iterator[None]:
     """`compile` with another pipeline, which is an option of the library only."""
-    old = cli.OPTIONS
-    cli.OPTIONS = old.with_({"pipeline": variables["WEFT_PIPELINE"]})
+    old = cli_compile.OPTIONS
+    cli_compile.OPTIONS = old.with_({"pipeline": variables["WEFT_PIPELINE"]})
     try:
         yield
     finally:
-        cli.OPTIONS = old
+        cli_compile.OPTIONS = old
 
 
 def test_compile_prints_the_plan_and_writes_everything(artifact: Path) -> None:

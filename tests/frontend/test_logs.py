@@ -13,7 +13,7 @@ from tests.frontend.targets import branches, net
 from torch import Tensor
 
 import weft
-from weft.frontend import cli, tracebacks
+from weft.frontend import cli, cli_common, tracebacks
 from weft.frontend.logs import LOGGERS, configure, help_text, parse_logs
 from weft.frontend.options import OPTIONS
 
@@ -72,7 +72,7 @@ def test_a_compilation_tells_its_passes_and_its_placement(capsys: pytest.Capture
 
 
 def test_the_command_line_refuses_a_bad_list(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "OPTIONS", OPTIONS.with_({"logs": ("plce",)}))
+    monkeypatch.setattr(cli_common, "OPTIONS", OPTIONS.with_({"logs": ("plce",)}))
     result = CliRunner().invoke(cli.main, ["doctor"])
     assert result.exit_code == 2 and "did you mean 'place'" in result.stderr
 
@@ -104,7 +104,7 @@ def test_all_frames_are_shown_on_request(monkeypatch: pytest.MonkeyPatch) -> Non
     program, args, _ = branches()
     error = _caught(lambda: weft.plan(program, args))
     assert sum("/weft/" in f for f in _files(error)) > 2
-    monkeypatch.setattr(cli, "OPTIONS", OPTIONS.with_({"full_tracebacks": True}))
+    monkeypatch.setattr(cli_common, "OPTIONS", OPTIONS.with_({"full_tracebacks": True}))
     result = CliRunner().invoke(cli.main, ["inspect", "nowhere"])
     assert result.exit_code == 2
     result = CliRunner().invoke(cli.main, ["run", "nowhere"])

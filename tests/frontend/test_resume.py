@@ -16,7 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from weft.frontend import cli
+from weft.frontend import cli_compile
 from weft.frontend.cli import main
 from weft.frontend.curve import Curve, read_curve
 from weft.ir.errors import RunError
@@ -32,13 +32,13 @@ STEPS = 40
 def compiled(out: Path, cluster: str, placement: str) -> Path:
     """A train step under a placement that splits things."""
     passes = f"simplify,outline,differentiate,simplify,{placement},lower,fuse,schedule"
-    old = cli.OPTIONS
-    cli.OPTIONS = replace(old, pipeline=passes)
+    old = cli_compile.OPTIONS
+    cli_compile.OPTIONS = replace(old, pipeline=passes)
     try:
         arguments = ["compile", "tests.frontend.targets:net", "--cluster", cluster]
         result = CliRunner().invoke(main, [*arguments, "--train", "adamw", "-o", str(out)])
     finally:
-        cli.OPTIONS = old
+        cli_compile.OPTIONS = old
     assert result.exit_code == 0, result.output
     return out
 

@@ -14,7 +14,7 @@ from tests.frontend.zoo import ALL, ZOO, build, tensors_of
 from tests.passes.equality import assert_close, assert_equal_on_ranks
 from torch import Tensor
 
-from weft.frontend.driver import ALL_PASSES
+from weft.frontend.pass_table import ALL_PASSES
 from weft.frontend.trace import trace_forward
 from weft.frontend.train_step import TracedStep, trace_module_train
 from weft.frontend.verify import random_inputs, widen
