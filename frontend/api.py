@@ -116,7 +116,8 @@ def step_program(
 ) -> Program:
     """What the planner needs of a traced train step."""
     named = named_inputs(step.input_names, args, kwargs)
-    meta = {"lr": list(step.rates), "keeps_gradients": step.keeps_gradients}
+    meta = {"lr": list(step.rates), "keeps_gradients": step.keeps_gradients,
+            "numbers": dict(step.numbers)}  # fmt: skip
     return Program("train", name, step.marked, step.tensors, named, meta)
 
 

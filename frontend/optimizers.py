@@ -34,8 +34,6 @@ class Update:
 
 
 def _adam(group: Mapping[str, Any], decoupled: bool) -> tuple[str, dict[str, Attr], tuple[str, ...]]:
-    if group.get("amsgrad"):
-        raise _unsupported("amsgrad", "set amsgrad=False")
     beta1, beta2 = group["betas"]
     attrs: dict[str, Attr] = {
         "beta1": float(beta1), "beta2": float(beta2), "eps": float(group["eps"]),
@@ -81,20 +79,29 @@ def make(name: str, parameters: Any, **hyper: Any) -> torch.optim.Optimizer:
     return cls(parameters, **hyper)
 
 
+def has_update_op(optimizer: torch.optim.Optimizer) -> bool:
+    """Is there an update op for what this optimizer does? Otherwise its step is traced."""
+    variant = any(group.get("amsgrad") for group in optimizer.param_groups)
+    return type(optimizer) in OPTIMIZERS and not variant
+
+
+def _traced(group: Mapping[str, Any]) -> tuple[str, dict[str, Attr], tuple[str, ...]]:
+    return "", {}, ()
+
+
 def updates_of(
     optimizer: torch.optim.Optimizer, names: Mapping[int, str]
 ) -> tuple[dict[str, Update], list[float]]:
     """How each parameter is updated, by name, and the learning rate of each group.
 
+    The op is empty for an optimizer that has none.
+
     Args:
         names: name of each parameter of the model by `id`.
 
-    Raises CompileError W0303.
+    Raises CompileError W0304.
     """
-    reader = OPTIMIZERS.get(type(optimizer))
-    if reader is None:
-        known = ", ".join(cls.__name__ for cls in OPTIMIZERS)
-        raise _unsupported(f"optimizer {type(optimizer).__name__}", f"use one of {known}")
+    reader = OPTIMIZERS[type(optimizer)] if has_update_op(optimizer) else _traced
     updates: dict[str, Update] = {}
     rates: list[float] = []
     for number, group in enumerate(optimizer.param_groups):

@@ -73,7 +73,7 @@ class StepState:
         Args:
             dtensor: DTensors instead of whole tensors, where there are several ranks.
         """
-        return optimizer_state(self._parts(dtensor), *self._held())
+        return optimizer_state(self._parts(dtensor), *self._held(), self._numbers())
 
     def load_model_state_dict(self, state: Mapping[str, Tensor], *, strict: bool = True) -> None:
         """Take a dict of `model.state_dict()`, eager or `model_state_dict()`.
@@ -103,8 +103,8 @@ class StepState:
         def take() -> None:
             model, optimizer = self._held()
             names = parameter_order(model, optimizer)
-            flat = flat_state(state, names)
             kinds = self._entry("state").running.state_types
+            flat = flat_state(state, names, kinds)
             strangers = [name for name in flat if name not in kinds]
             if strangers:
                 raise RunError(
@@ -129,7 +129,7 @@ class StepState:
             if name in named:
                 named[name].data.copy_(value)
         by_name = dict(model.named_parameters())
-        for name, kept in optimizer_state(flat, model, optimizer)["state"].items():
+        for name, kept in optimizer_state(flat, model, optimizer, self._numbers())["state"].items():
             if name in by_name:
                 optimizer.state[by_name[name]].update(kept)
 
@@ -221,6 +221,10 @@ class StepState:
         self._entry("state")
         assert self._owner is not None
         return self._owner
+
+    def _numbers(self) -> dict[str, str]:
+        found: dict[str, str] = self._entry("state").plan.meta.get("numbers", {})
+        return found
 
     def _parts(self, dtensor: bool) -> dict[str, Tensor]:
         running = self._entry("state").running

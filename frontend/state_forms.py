@@ -11,6 +11,7 @@ Names are the user's. Three forms are understood:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 #: states that torch's optimizers keep without counting steps
 _UNCOUNTED = {"momentum_buffer"}
+_NUMBERS: dict[str, Callable[[Tensor], Any]] = {"int": int, "float": float}
 
 
 def canonical_names(model: torch.nn.Module) -> dict[str, str]:
@@ -38,17 +40,25 @@ def canonical_names(model: torch.nn.Module) -> dict[str, str]:
 
 
 def optimizer_state(
-    flat: Mapping[str, Tensor], model: torch.nn.Module, optimizer: torch.optim.Optimizer
+    flat: Mapping[str, Tensor],
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    numbers: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """An optimizer's state by parameter names, from the flat form."""
+    """An optimizer's state by parameter names, from the flat form.
+
+    Args:
+        numbers: states that are numbers of Python, with their type.
+    """
     names = {id(p): name for name, p in model.named_parameters()}
     state: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
         kind, slash, name = key.partition("/")
         if slash:
-            state.setdefault(name, {})[kind] = value
+            number = _NUMBERS.get(numbers.get(key, ""))
+            state.setdefault(name, {})[kind] = value if number is None else number(value)
     for kept in state.values():
-        if not set(kept) <= _UNCOUNTED:
+        if "step" in flat and not set(kept) <= _UNCOUNTED:
             step = flat["step"]
             kept["step"] = step.to(torch.float32, copy=True)
     groups = [
@@ -59,22 +69,27 @@ def optimizer_state(
     return {"state": state, "param_groups": groups}
 
 
-def flat_state(nested: Mapping[str, Any], names: list[str]) -> dict[str, Tensor]:
+def flat_state(
+    nested: Mapping[str, Any], names: list[str], types: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Tensor]:
     """The flat form of an optimizer's state, by names or by numbers.
 
     Args:
         names: names of the optimizer's parameters, in its order.
+        types: what the plan holds; it may count steps, or keep numbers, for each parameter.
     """
     flat: dict[str, Tensor] = {}
     steps = [0.0]
     for key, kept in nested.get("state", {}).items():
         name = names[key] if isinstance(key, int) else key
         for kind, value in kept.items():
-            if kind == "step":
+            if f"{kind}/{name}" in types and isinstance(value, (int, float)):
+                flat[f"{kind}/{name}"] = torch.tensor(value, dtype=torch.float64)
+            elif kind == "step" and f"step/{name}" not in types:
                 steps.append(float(whole(torch.as_tensor(value))))
             elif isinstance(value, torch.Tensor):
                 flat[f"{kind}/{name}"] = whole(value)
-    if flat:
+    if flat and ("step" in types or not types):
         flat["step"] = torch.tensor(max(*steps, 1.0), dtype=torch.float64)
     return flat
 

@@ -23,6 +23,7 @@ from ..ir.module import NOWHERE, Location, Value
 from ..ir.verify import user_span
 from .aten import TABLE, Lowering
 from .locate import user_frames
+from .traced_optimizer import TracedOptimizer
 
 
 def _gradients(loss: Tensor, params: list[Tensor], number: int) -> list[Tensor]:
@@ -89,12 +90,14 @@ class Recorder:
         trained: exported name of a trained parameter -> its user's name.
         stepped: names of the parameters that the optimizer's step used, in the order of `grads`.
         stepped_at: the user's line that called it.
+        own_step: the optimizer's step, where it is to be traced.
         keeps_gradients: the step neither begins nor ends with cleared gradients.
     """
 
     root: torch.nn.Module
     optimizer: torch.optim.Optimizer
     trained: Mapping[str, str]
+    own_step: TracedOptimizer | None = None
     backwards: int = 0
     stepped: list[str] | None = None
     stepped_at: Location = NOWHERE
@@ -179,12 +182,26 @@ class Recorder:
         if not self.backwards:
             raise misused("optimizer.step() is called before backward()",
                           "call loss.backward() first")  # fmt: skip
+        if self.own_step is not None:
+            self.stepped, self.stepped_at = [], users_place()
+            self._trace_step(self.own_step)
+            return
         found = [(name, p, p.grad) for name, p in self.parameters() if p.grad is not None]
         self.stepped, self.stepped_at = [name for name, _, _ in found], users_place()
         self.grads = [grad.clone() for _, _, grad in found]
         with torch.no_grad():
             for _, param, grad in found:
                 param.copy_(torch.ops.weft.updated(param, grad))
+
+    def _trace_step(self, own: TracedOptimizer) -> None:
+        """Trace the optimizer's own step; parameters without a gradient have None, as in torch."""
+        kept = [(p, p.grad) for _, p in self.parameters()]
+        for name, param in self.parameters():
+            if name not in own.alive:
+                param.grad = None
+        own.trace(self.parameters())
+        for param, grad in kept:
+            param.grad = grad
 
     def trains(self) -> bool:
         """Has the step changed parameters, by the optimizer or by itself?"""

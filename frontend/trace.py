@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -16,13 +17,15 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from ..ir.builder import Builder
 from ..ir.errors import CompileError
-from ..ir.module import Attr, Function, Module, Op, Value
+from ..ir.module import NOWHERE, Attr, Function, Module, Op, Value
 from ..ir.types import TensorType
+from ..ir.verify import user_span
 from ..runtime.context import tensor_type
 from .aten import Lowering
 from .aten_grouped import AnyDtype
 from .capture import AtenProgram, RefuseReads, VaryingDims, capture
 from .complex_pair import Pair, is_complex, split
+from .locate import node_location
 from .rewrites import Rewrites
 from .structure import Structure, flatten
 
@@ -217,7 +220,10 @@ def _modules_of(
 
 
 def lower_program(
-    program: AtenProgram, names: Mapping[str, str], input_names: Sequence[str]
+    program: AtenProgram,
+    names: Mapping[str, str],
+    input_names: Sequence[str],
+    roles: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Function, dict[str, Tensor], dict[int, Value]]:
     """The entry function of a captured program, its tensors by name, and its `backward()` losses.
 
@@ -225,6 +231,7 @@ def lower_program(
 
     Args:
         names: `Root.state_names` of what was captured.
+        roles: roles of buffers that have another one, by the user's names.
     """
     builder = Builder()
     lowering = Lowering(builder, _ROOT)
@@ -236,8 +243,9 @@ def lower_program(
     updated = set(program.graph_signature.buffers_to_mutate.values())
     for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
-            role = "param" if spec.kind is InputKind.PARAMETER else "buffer"
             name = names[str(spec.target)]
+            kind = "param" if spec.kind is InputKind.PARAMETER else "buffer"
+            role = roles.get(name, kind)
             if role == "buffer" and not node.users and spec.target not in updated:
                 continue
             if name not in params:
@@ -294,7 +302,10 @@ def _finish(
     results: list[Value] = []
     attrs: list[dict[str, Attr]] = []
     updates: dict[str, Value] = {}
-    for value, spec in zip(outputs, program.graph_signature.output_specs, strict=True):
+    nodes = program.graph.output_node().args[0]
+    assert isinstance(nodes, (list, tuple))
+    specs = program.graph_signature.output_specs
+    for value, spec, node in zip(outputs, specs, nodes, strict=True):
         if spec.kind in _MUTATIONS and not isinstance(value, Pair):
             name = names[str(spec.target)]
             updates[name] = c.cast(value, types[name].dtype)
@@ -304,8 +315,10 @@ def _finish(
             results.append(value)
             attrs.append({"role": "output"})
         elif spec.kind is not OutputKind.TOKEN:
+            at = node_location(node, _ROOT) if isinstance(node, torch.fx.Node) else NOWHERE
             raise CompileError(
                 "W0302", f"the program changes {inputs.get(str(spec.target), 'a tensor')} in place",
+                span=user_span(at.file, at.line),
                 reason="an input belongs to the caller; only parameters and buffers may change",
                 hint="work on a clone of the input",
             )  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,11 +23,15 @@ from ..passes.simplify import Simplify
 from .capture import AtenProgram, VaryingDims, capture
 from .differentiate import Differentiate
 from .joint import joint, prepare, settle
-from .optimizers import Update, add_updates, make, states_of, updates_of
+from .optimizers import Update, add_updates, has_update_op, make, states_of, updates_of
 from .own_gradients import refuse_own_gradients
 from .step_recorder import Recorder, misused
 from .structure import Structure, flatten
 from .trace import Captured, Root, distinct, drop_stops, input_names, lower_program
+from .traced_optimizer import TracedOptimizer
+
+#: the attribute of the traced root that holds the state of an optimizer whose step is traced
+_OWN_STEP = "o"
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class TracedStep:
         outputs: the structure of what the step returns.
         rates: the learning rate of each group at the time of tracing.
         keeps_gradients: the step neither begins nor ends with cleared gradients.
+        numbers: optimizer states that are numbers of Python, with their type.
     """
 
     marked: Module
@@ -55,6 +60,7 @@ class TracedStep:
     outputs: Structure
     rates: tuple[float, ...]
     keeps_gradients: bool = False
+    numbers: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def module(self) -> Module:
@@ -107,45 +113,97 @@ def capture_train_step(
     varying: VaryingDims = (),
 ) -> Captured[TracedStep]:
     """The first half of `trace_train_step`; `varying` are the dims of the inputs that may vary."""
-    kwargs = dict(kwargs or {})
-    ids = {id(p): name for name, p in model.named_parameters()}
-    updates, rates = updates_of(optimizer, ids)
-    names = tuple(input_names(step, (None, None, *batch), kwargs))
-    tensors, _, inputs = flatten((tuple(batch), kwargs))
-    recorder: list[Recorder] = []
+    work = _StepCapture(step, model, optimizer, tuple(batch), dict(kwargs or {}))
+    if has_update_op(optimizer):
+        return work.captured(varying, None)
+    # an optimizer without an op is traced itself, once it is known which gradients there are
+    alive = work.alive()
+    names = {id(p): name for name, p in model.named_parameters()}
+    return work.captured(varying, TracedOptimizer(optimizer, names, alive))
 
-    def call(*args: Any, **named: Any) -> tuple[Any, list[Tensor]]:
-        (run,) = recorder
-        with run.recording():
-            result = step(model, optimizer, *args, **named)
-        if not run.trains():
-            raise misused("the step does not call optimizer.step()",
-                           "a train step calls loss.backward(), then optimizer.step()",
-                           _definition(step))  # fmt: skip
-        return result, run.grads
 
-    root = Root(call, {"": model}, inputs)
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    trained = {exported: name for exported, name in root.state_names().items()
-               if name in updates and name not in frozen}  # fmt: skip
-    recorder.append(Recorder(root, optimizer, trained))
-    with refuse_own_gradients(model):
-        exported = capture(root, distinct(tensors), varying)
-    run = recorder[0]
-    stepped, stepped_at = run.stepped or [], run.stepped_at
-    users_names = root.state_names()
+@dataclass(frozen=True)
+class _StepCapture:
+    """A train step that is to be traced."""
 
-    def lower(graph: AtenProgram, outputs: Structure) -> TracedStep:
-        entry, state, losses = lower_program(graph, users_names, names)
-        entry = _mark(entry, stepped, losses)
-        states = states_of(optimizer, ids, updates)
-        marked = _marked(entry, updates, len(rates), stepped_at)
-        known = {str(a["name"]) for a in marked.entry.param_attrs}
-        by_name = {**state, **{name: t for name, t in states.items() if name in known}}
-        return TracedStep(marked, by_name, inputs, names, _returned(outputs), tuple(rates),
-                          run.keeps_gradients)  # fmt: skip
+    step: Callable[..., Any]
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    batch: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
-    return Captured(exported, root.outputs, lower)
+    @cached_property
+    def _ids(self) -> dict[int, str]:
+        return {id(p): name for name, p in self.model.named_parameters()}
+
+    @cached_property
+    def _updates(self) -> tuple[dict[str, Update], list[float]]:
+        return updates_of(self.optimizer, self._ids)
+
+    def _run(
+        self, varying: VaryingDims, own: TracedOptimizer | None
+    ) -> tuple[AtenProgram, Root, Recorder]:
+        recorder: list[Recorder] = []
+
+        def call(*args: Any, **named: Any) -> tuple[Any, list[Tensor]]:
+            (run,) = recorder
+            with run.recording():
+                result = self.step(self.model, self.optimizer, *args, **named)
+            if not run.trains():
+                raise misused("the step does not call optimizer.step()",
+                               "a train step calls loss.backward(), then optimizer.step()",
+                               _definition(self.step))  # fmt: skip
+            return result, run.grads
+
+        tensors, _, inputs = flatten((self.batch, self.kwargs))
+        root = Root(call, {"": self.model}, inputs)
+        if own is not None:
+            root.add_module(_OWN_STEP, own.holder)
+        updates, _ = self._updates
+        frozen = {name for name, p in self.model.named_parameters() if not p.requires_grad}
+        trained = {exported: name for exported, name in root.state_names().items()
+                   if name in updates and name not in frozen}  # fmt: skip
+        recorder.append(Recorder(root, self.optimizer, trained, own))
+        with refuse_own_gradients(self.model):
+            exported = capture(root, distinct(tensors), varying)
+        return exported, root, recorder[0]
+
+    @property
+    def _input_names(self) -> tuple[str, ...]:
+        return tuple(input_names(self.step, (None, None, *self.batch), self.kwargs))
+
+    def alive(self) -> frozenset[str]:
+        """Names of the parameters that get gradients."""
+        exported, root, run = self._run((), None)
+        entry, _, losses = lower_program(exported, root.state_names(), self._input_names)
+        entry = _settled(_mark(entry, run.stepped or [], losses))
+        return frozenset(str(a["name"]) for a in entry.result_attrs if a.get("role") == "grad")
+
+    def captured(self, varying: VaryingDims, own: TracedOptimizer | None) -> Captured[TracedStep]:
+        """The traced step; `own` traces the optimizer's step too."""
+        exported, root, run = self._run(varying, own)
+        updates, rates = self._updates
+        names, stepped = self._input_names, run.stepped or []
+        _, _, inputs = flatten((self.batch, self.kwargs))
+        buffers = {} if own is None else own.buffers
+        users_names = {**root.state_names(),
+                       **{f"{_OWN_STEP}.{key}": name for key, name in buffers.items()}}  # fmt: skip
+        roles = {} if own is None else own.roles
+
+        def lower(graph: AtenProgram, outputs: Structure) -> TracedStep:
+            entry, state, losses = lower_program(graph, users_names, names, roles)
+            entry = _settled(_mark(entry, stepped, losses))
+            if own is None:
+                entry = add_updates(entry, updates, len(rates), run.stepped_at)
+                state |= states_of(self.optimizer, self._ids, updates)
+            known = {str(a["name"]) for a in entry.param_attrs if a.get("role") != "lr"}
+            return TracedStep(
+                Module("logical", (entry,)), {n: t for n, t in state.items() if n in known},
+                inputs, names, _returned(outputs), tuple(rates), run.keeps_gradients,
+                {} if own is None else own.numbers,
+            )  # fmt: skip
+
+        return Captured(exported, root.outputs, lower)
 
 
 def _definition(function: Callable[..., Any]) -> Location:
@@ -176,17 +234,14 @@ def _mark(entry: Function, stepped: Sequence[str], losses: Mapping[int, Value]) 
     )
 
 
-def _marked(
-    entry: Function, updates: Mapping[str, Update], groups: int, stepped_at: Location
-) -> Module:
-    """The program before differentiation: gradients are markers, updates read them."""
+def _settled(entry: Function) -> Function:
+    """The entry with markers for gradients that there are, and no others."""
     names = [a["name"] for a in entry.param_attrs if a.get("role") == "grad"]
     wrt = frozenset(
         value.name for value, attrs in zip(entry.params, entry.param_attrs, strict=True)
         if attrs.get("role") == "param" and attrs["name"] in names
     )  # fmt: skip
-    entry = add_updates(settle(drop_stops(entry, wrt)), updates, groups, stepped_at)
-    return Module("logical", (entry,))
+    return settle(drop_stops(entry, wrt))
 
 
 def loss_of(output: Any) -> Tensor:
