@@ -1,4 +1,4 @@
-"""The small train steps that `overhead.py` measures: Llama, GPT-2 and ResNet on one CPU."""
+"""The small train steps that `overhead.py` measures: Llama, GPT-2, BERT and ResNet on one CPU."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    BertConfig,
+    BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -17,6 +19,7 @@ from transformers import (
 )
 
 VOCABULARY, ROWS, LENGTH = 256, 8, 128
+IMAGES = 16
 #: rows of the batch of a sharded plan: enough that splitting the batch is faster than the weights
 SHARDED_ROWS = 32
 #: (model, optimizer, batch): what a train step takes
@@ -75,6 +78,17 @@ def gpt2() -> State:
     return model, _optimizer(model), (token_ids(),)
 
 
+def bert() -> State:
+    """Four layers of width 256, without dropout."""
+    torch.manual_seed(0)
+    model = BertForMaskedLM(BertConfig(
+        vocab_size=VOCABULARY, max_position_embeddings=LENGTH, hidden_size=256,
+        num_hidden_layers=4, num_attention_heads=8, intermediate_size=1024,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation="sdpa",
+    ))  # fmt: skip
+    return model, _optimizer(model), (token_ids(),)
+
+
 def resnet() -> State:
     """Four stages of basic blocks on 64 x 64 images."""
     torch.manual_seed(0)
@@ -83,14 +97,15 @@ def resnet() -> State:
         layer_type="basic", num_labels=10,
     ))  # fmt: skip
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(8, 3, 64, 64, generator=generator)
-    labels = torch.randint(0, 10, (8,), generator=generator)
+    pixels = torch.randn(IMAGES, 3, 64, 64, generator=generator)
+    labels = torch.randint(0, 10, (IMAGES,), generator=generator)
     return model, _optimizer(model), (pixels, labels)
 
 
 #: name -> (what makes a fresh model, optimizer and batch; the step)
 STEPS: dict[str, tuple[Callable[[], State], Callable[..., Tensor]]] = {
     "llama": (llama, text_step), "gpt2": (gpt2, text_step), "resnet": (resnet, image_step),
+    "bert": (bert, text_step),
 }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from ..ir.module import Function, Module, Op, Value
 from ..ir.ops import OPS
 from ..ir.types import Mesh, local_shape
 from .context import TORCH_DTYPES, OpContext, results_of
+from .pairs import both_gradients, image_and_kernel, pairs
 from .segments import Action, Piece, Segment, segments
 
 log = logging.getLogger("weft.inductor")
@@ -181,10 +182,19 @@ class Inductor:
     ) -> tuple[list[_Row], list[int]]:
         slots = {name: place for place, name in enumerate(params)}
         rows: list[_Row] = []
-        for op in ops:
-            places = tuple(slots[value.name] for value in op.operands)
-            rows.append((self.run_op(op), places))
-            for value in op.results:
+        paired = pairs(list(enumerate(ops)))
+        done = set(paired.values())
+        for number, op in enumerate(ops):
+            if number in done:
+                continue
+            operands, results, run = op.operands, op.results, None
+            if number in paired:
+                image, kernel = image_and_kernel(op, ops[paired[number]])
+                operands = (op.operands[0], kernel.operands[1], image.operands[1])
+                results, run = (image.result, kernel.result), both_gradients(op)
+            places = tuple(slots[value.name] for value in operands)
+            rows.append((run or self.run_op(op), places))
+            for value in results:
                 slots[value.name] = len(slots)
         names = [v.name for v in gives.results] if isinstance(gives, Function) else gives
         return rows, [slots[name] for name in names]

@@ -28,6 +28,7 @@ from .context import OpContext, results_of
 from .finite import FiniteCheck
 from .inductor import Inductor
 from .lifetimes import PERSISTENT, alias_roots, last_readers
+from .pairs import both_gradients, image_and_kernel, pairs
 from .reuse import into_operand, reusable
 from .sections import Run, Section, Text, cut
 from .segments import Segment
@@ -261,9 +262,18 @@ class Wrapper:
     ) -> Iterator[tuple[int, Op, str]]:
         """(position, action, Python line); `known` holds the Python names that exist."""
         read, position = self._read(), 0
+        paired = {} if self.finite is not None else pairs(actions)
+        done = set(paired.values())
         while position < len(actions):
             index, op = actions[position]
             position += 1
+            if position - 1 in done:
+                continue
+            if position - 1 in paired:
+                other = actions[paired[position - 1]][1]
+                known.update(self._name(value) for value in (op.result, other.result))
+                yield index, op, self._pair(index, op, other)
+                continue
             if op.name == "free":
                 names = [self._name(value) for value in op.operands]
                 names = [name for name in names if name in known]
@@ -322,6 +332,14 @@ class Wrapper:
         if op.name == "aten" and len(op.results) == 1:
             return partial(_only, call)
         return call
+
+    def _pair(self, index: int, op: Op, other: Op) -> str:
+        image, kernel = image_and_kernel(op, other)
+        function = f"b{index}"
+        self.globals[function] = both_gradients(op)
+        operands = (op.operands[0], kernel.operands[1], image.operands[1])
+        left = f"{self._name(image.result)}, {self._name(kernel.result)}"
+        return f"{left} = {function}({', '.join(map(self._name, operands))})"
 
     def _update(self, group: Sequence[Op]) -> str:
         function = f"u{len(self.globals)}"
