@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -109,7 +109,7 @@ class Simulation(Result):
 class _Question:
     """What was asked: all that a replay needs."""
 
-    modules: tuple[Module, ...]
+    modules: tuple[Module, ...]  #: one for each rank
     cluster: Cluster
     settings: Settings
     costs: Costs
@@ -117,7 +117,7 @@ class _Question:
 
 
 def simulate(
-    stages: Module | Sequence[Module],
+    stages: Module | Sequence[Module] | Mapping[int, Module],
     cluster: Cluster,
     *,
     settings: Settings | None = None,
@@ -128,7 +128,8 @@ def simulate(
 
     Args:
         stages: a schedule-level module, which all ranks of its mesh run; or one for each pipeline
-            stage, all with the same mesh: stage i runs on the ranks `i * mesh.size ...`.
+            stage, all with the same mesh: stage i runs on the ranks `i * mesh.size ...`; or a
+            mapping with one for each rank.
         cluster: what it runs on, with as many devices as there are ranks.
         settings: assumptions about backend and devices; those of the device kind by default.
         costs: times of actions; by default those of the cost model for `cluster`.
@@ -137,9 +138,8 @@ def simulate(
     Raises CompileError W0201 for a module of another level, W0501 where the cluster does not fit,
     RunError W0802 where the ranks' schedules do not fit together or deadlock.
     """
-    modules = (stages,) if isinstance(stages, Module) else tuple(stages)
-    mesh = _mesh_of(modules)
-    ranks = mesh.size * len(modules)
+    modules = _of_ranks(stages)
+    mesh, ranks = modules[0].mesh or Mesh(), len(modules)
     cluster.homogeneous()
     if ranks != cluster.ranks:
         raise CompileError(
@@ -154,28 +154,40 @@ def simulate(
 
 def _replay(question: _Question) -> Simulation:
     modules = question.modules
-    mesh, entries = _mesh_of(modules), [module.entry for module in modules]
+    entries, mesh = [module.entry for module in modules], modules[0].mesh or Mesh()
     world = World(entries, mesh, question.cluster, question.symmetric)
     replay = read_programs(world, question.costs, _kernels(modules))
     return Simulation(question, replay, Engine(replay, question.settings).run())
 
 
 def _kernels(modules: Sequence[Module]) -> dict[str, Function]:
-    return {f.name: f for module in modules for f in module.functions[1:]}
+    distinct = {id(module): module for module in modules}.values()
+    return {f.name: f for module in distinct for f in module.functions[1:]}
 
 
-def _mesh_of(modules: Sequence[Module]) -> Mesh:
-    for module in modules:
+def _of_ranks(stages: Module | Sequence[Module] | Mapping[int, Module]) -> tuple[Module, ...]:
+    """The module of each rank. Raises CompileError W0201."""
+    given = [stages] if isinstance(stages, Module) else stages
+    found = list(given.values()) if isinstance(given, Mapping) else list(given)
+    if not found:
+        raise CompileError("W0201", "a plan needs at least one rank")
+    mesh = found[0].mesh or Mesh()
+    for module in found:
         if module.level != "schedule":
             raise CompileError(
                 "W0201", f"a {module.level} module cannot be replayed: it must be a schedule",
                 hint="lower it first: weft opt FILE --pass lower --pass schedule",
             )  # fmt: skip
-        if (module.mesh or Mesh()).axes != (modules[0].mesh or Mesh()).axes:
-            raise CompileError("W0201", "the stages of a plan have different meshes")
-    if not modules:
-        raise CompileError("W0201", "a plan needs at least one stage")
-    return modules[0].mesh or Mesh()
+        if (module.mesh or Mesh()).axes != mesh.axes:
+            raise CompileError("W0201", "the ranks of a plan have different meshes")
+    if not isinstance(given, Mapping):
+        return tuple(module for module in found for _ in range(mesh.size))
+    if sorted(given) != list(range(len(given))) or len(given) % mesh.size:
+        raise CompileError(
+            "W0201", f"there are programs for {len(given)} ranks, the mesh has {mesh.size}",
+            hint="give each rank of the mesh, and of each pipeline stage, a program",
+        )  # fmt: skip
+    return tuple(given[rank] for rank in range(len(given)))
 
 
 __all__ = ["GLOO", "NCCL", "Settings", "Simulation", "Timeline", "settings_of", "simulate"]

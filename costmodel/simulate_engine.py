@@ -308,7 +308,7 @@ class Engine:
             if self.at[colour] < len(steps):
                 _, index, _, job = steps[self.at[colour]]
                 rank = world.sample[colour]
-                op = world.functions[world.stage(rank)].ops[index]
+                op = world.programs[rank].ops[index]
                 assert job is not None
                 place = f", from {op.loc}" if str(op.loc) else ""
                 lines.append(f"rank {rank} waits in action {index}, {op.name} "

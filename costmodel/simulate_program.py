@@ -118,7 +118,7 @@ class _Reader:
     def _steps(self, colour: int) -> list[Step]:
         world = self.world
         rank = world.sample[colour]
-        coord, function = world.coord(rank), world.functions[world.stage(rank)]
+        coord, function = world.coord(rank), world.programs[rank]
         costs, counts = self.costs, dict[int, int]()
         steps: list[Step] = []
         handles: dict[str, Job | None] = {}
@@ -200,8 +200,8 @@ class _Reader:
     def _pair(self, op: Op, index: int, rank: int) -> int:
         world = self.world
         stage = int(op.attrs["to" if op.name == "send" else "source"])  # type: ignore[arg-type]
-        if not 0 <= stage < len(world.functions) or stage == world.stage(rank):
-            own = "its own" if stage == world.stage(rank) else f"not one of {len(world.functions)}"
+        if not 0 <= stage < world.stages or stage == world.stage(rank):
+            own = "its own" if stage == world.stage(rank) else f"not one of {world.stages}"
             self._disagree(
                 f"rank {rank}: {op.name} with stage {stage}, which is {own}", _where(op, index)
             )

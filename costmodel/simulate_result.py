@@ -103,8 +103,7 @@ class Result:
 
     def program(self, rank: int) -> Function:
         """The program that a rank runs."""
-        world = self._replay.world
-        return world.functions[world.stage(rank)]
+        return self._replay.world.programs[rank]
 
     def coord(self, rank: int) -> tuple[int, ...]:
         """The mesh coordinate of a rank inside its stage."""
@@ -189,7 +188,7 @@ class Result:
     def _memories(self) -> list[Memory]:
         world = self._replay.world
         return [
-            memory_of(world.functions[world.stage(rank)], world.mesh, world.coord(rank))
+            memory_of(world.programs[rank], world.mesh, world.coord(rank))
             for rank in world.sample
         ]
 

@@ -47,7 +47,7 @@ class World:
     """All ranks of a plan on a cluster.
 
     Args:
-        functions: the entry function of each pipeline stage; stage i owns the ranks
+        programs: the entry function of each rank; pipeline stage i owns the ranks
             `i * mesh.size ...`.
         mesh: the mesh of one stage.
         symmetric: replay one rank of each class; otherwise each rank is a class of its own.
@@ -57,7 +57,7 @@ class World:
         sample: one rank of each class.
     """
 
-    functions: Sequence[Function]
+    programs: Sequence[Function]
     mesh: Mesh
     cluster: Cluster
     symmetric: bool = True
@@ -65,7 +65,8 @@ class World:
     sample: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.size = len(self.functions) * self.mesh.size
+        self.size = len(self.programs)
+        self.stages = self.size // self.mesh.size
         per_host = self.cluster.devices_per_host
         self.per_host = per_host
         self.host = [rank // per_host for rank in range(self.size)]
@@ -78,7 +79,10 @@ class World:
                 for rank in ranks:
                     of[rank] = number
             self._group_of[axis] = of
-        self._partners = [_partner_stages(f) for f in self.functions]
+        partners = {id(f): _partner_stages(f) for f in {id(f): f for f in self.programs}.values()}
+        self._partners = [
+            [s for s in partners[id(f)] if 0 <= s < self.stages] for f in self.programs
+        ]
         self.colour = self._refine() if self.symmetric else list(range(self.size))
         self.sample = [0] * (max(self.colour) + 1)
         for rank in range(self.size - 1, -1, -1):
@@ -142,7 +146,7 @@ class World:
                     for rank in ranks:
                         keys[rank].append((around, spread[axis][number]))
             for rank in range(self.size):
-                for stage in self._partners[self.stage(rank)]:
+                for stage in self._partners[rank]:
                     other = self.partner(rank, stage)
                     near = self.host[rank] == self.host[other]
                     keys[rank].append((colour[other], near))
@@ -158,12 +162,13 @@ class World:
     def _start(self) -> list[int]:
         """Ranks by program and by the sizes of their shards."""
         table: dict[Hashable, int] = {}
+        keys: dict[int, list[Hashable]] = {}
         out = []
-        numbers: dict[int, int] = {}
-        for stage, function in enumerate(self.functions):
-            number = numbers.setdefault(id(function), stage)
-            keys = self._shard_keys(function)
-            out += [table.setdefault((number, key), len(table)) for key in keys]
+        for rank, function in enumerate(self.programs):
+            if id(function) not in keys:
+                keys[id(function)] = self._shard_keys(function)
+            key = (id(function), keys[id(function)][rank % self.mesh.size])
+            out.append(table.setdefault(key, len(table)))
         return out
 
     def _shard_keys(self, function: Function) -> list[Hashable]:
