@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 import weft
 from weft.ir.errors import CompileError
-from weft.ir.module import Op, Value
-from weft.ir.types import B, TensorType
+from weft.ir.module import Function, Module, Op, Value
+from weft.ir.types import B, Mesh, TensorType
 from weft.runtime import inductor
 from weft.runtime.comm import COMMUNICATION
 from weft.runtime.launch import launch
@@ -102,6 +102,31 @@ def test_the_new_order_of_random_schedules_is_valid(seed: int) -> None:
         check_lifetimes(function.with_(ops=tuple(o for _, o in actions)))
         transfers = [o for o in function.ops if o.name in COMMUNICATION]
         assert transfers == [o for _, o in actions if o.name in COMMUNICATION]
+
+
+def test_equal_segments_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[inductor.Run] = []
+
+    def compile(program: inductor.Run, takes: Sequence[Tensor]) -> inductor.Run:
+        made.append(program)
+        return program
+
+    monkeypatch.setattr(inductor, "_compile", compile)
+    ops = (op("a = exp x"), op("b = neg a"), op("h = all_reduce b", **{"async": True}),
+           op("c = wait h"), op("d = exp c"), op("e = neg d"), op("f = exp e"))  # fmt: skip
+    function = Function("main", (value("x"),), ops, (value("e"), value("f")))
+    mesh = Mesh((("x", 2),))
+    compiler = inductor.Inductor(
+        Module("schedule", (function,), mesh), mesh, (0,), torch.device("cpu")
+    )
+    roots = {name: frozenset({name}) for name in "xabhcdef"}
+    first, transfer, second = compiler.pieces(list(enumerate(ops[:-1])), {"e"}, {}, roots)
+    assert isinstance(first, Segment) and isinstance(second, Segment) and len(made) == 1
+    assert first.run is not None and second.run is not None
+    x = torch.randn(4)
+    torch.testing.assert_close(second.run(x)[0], -x.exp())
+    *_, third = compiler.pieces(list(enumerate(ops))[3:], {"e", "f"}, {}, roots)
+    assert isinstance(third, Segment) and len(made) == 2, "another segment"
 
 
 # -- results --------------------------------------------------------------------------------------
