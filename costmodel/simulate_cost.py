@@ -9,13 +9,15 @@ from typing import Protocol
 from ..ir.module import Function, Op, Value
 from ..ir.opdef import OPS
 from ..ir.signature import SignatureError
-from ..ir.types import DTYPES, Mesh, Placement, TensorType, local_shape
+from ..ir.types import DTYPES, Mesh, TensorType, local_shape
 from .cluster import Cluster
 from .collectives import LOCAL, Spread, collective_time_us
 from .devices import DRAM_EFFICIENCY
 from .estimate import op_time_us
 
 Coord = tuple[int, ...]
+#: a rank for itself
+_ALONE = Mesh()
 
 
 @dataclass(frozen=True)
@@ -91,11 +93,9 @@ class ModelCosts:
     def __post_init__(self) -> None:
         self._times: dict[Hashable, float] = {}
         self._transfers: dict[Transfer, tuple[float, float]] = {}
-        self._shapes: dict[tuple[int, Coord], tuple[int, ...]] = {}
         self._types: dict[int, int] = {}  # id -> number of an equal type
         self._numbers: dict[TensorType, int] = {}
         self._kept: list[TensorType] = []  # so that ids stay valid
-        self._first = (0,) * len(self.mesh.axes)
 
     def action_us(self, op: Op, coord: Coord) -> float:
         """Time of a local action. See `Costs`."""
@@ -121,13 +121,8 @@ class ModelCosts:
         return number
 
     def _action_us(self, op: Op, coord: Coord) -> float:
-        """A kernel function's call is one launch that reads the region's inputs and writes its
-        outputs: the work of its ops with the launch counted once, and at least the largest."""
         if op.name == "call":
-            body = self.functions[str(op.attrs["callee"])].ops
-            times = [self.action_us(inner, coord) for inner in body]
-            launch = self.cluster.device.launch_us
-            return max([launch + sum(t - launch for t in times if t > launch), *times], default=0.0)
+            return self._kernel_us(op, coord)
         if op.name in LOCAL:  # reads its part, writes it
             moved = 2 * sum(local_bytes_at(v.type, self.mesh, coord) for v in op.results)
             device = self.cluster.device
@@ -135,31 +130,35 @@ class ModelCosts:
         entry = OPS[op.name]
         if entry.signature is None and entry.family in ("control", "creation"):
             return 0.0
-        states = [op.split.get(name, "") for name in self.mesh.names]
-        if any(coord) and (smaller := self._as_largest(op, coord)) is not None:
-            try:
-                return op_time_us(smaller, states, self.mesh, self.cluster)
-            except (SignatureError, KeyError, ValueError):
-                pass  # attributes that name sizes do not fit: the largest shard's time is a bound
-        return op_time_us(op, states, self.mesh, self.cluster)
+        try:
+            return op_time_us(self._local(op, coord), (), _ALONE, self.cluster)
+        except SignatureError:  # attributes that name global sizes do not fit local shapes
+            states = [op.split.get(name, "") for name in self.mesh.names]
+            return op_time_us(op, states, self.mesh, self.cluster)
 
-    def _as_largest(self, op: Op, coord: Coord) -> Op | None:
-        """The op on global shapes whose largest shards are those that this coordinate holds; None
-        where they are already. The cost model always prices the largest shard."""
-        changed = False
+    def _kernel_us(self, op: Op, coord: Coord) -> float:
+        """A kernel function's call. A kernel reads its operands and writes its results once, what
+        lies between stays on the chip; a CPU runs the ops of the body one by one."""
+        if self.cluster.device.kind == "cpu":
+            body = self.functions[str(op.attrs["callee"])].ops
+            return sum(self.action_us(inner, coord) for inner in body)
+        stream = self._local(op, coord).with_(name="aten", attrs={})
+        return op_time_us(stream, (), _ALONE, self.cluster)
 
-        def fit(value: Value) -> Value:
-            nonlocal changed
-            type = value.type
-            mine = local_shape(type, self.mesh, coord)
-            if mine == local_shape(type, self.mesh, self._first):
-                return value
-            changed = True
-            shape = [size * _parts(type, self.mesh, dim) for dim, size in enumerate(mine)]
-            return Value(value.name, TensorType(type.dtype, tuple(shape), type.placement))
+    def _local(self, op: Op, coord: Coord) -> Op:
+        """What the rank at a coordinate computes, as an op of one device.
 
-        operands, results = tuple(map(fit, op.operands)), tuple(map(fit, op.results))
-        return op.with_(operands=operands, results=results) if changed else None
+        So its shards may be smaller than the largest ones, and no collectives are priced with it:
+        a schedule has them as actions of their own.
+        """
+
+        def cut(value: Value) -> Value:
+            shape = local_shape(value.type, self.mesh, coord)
+            return Value(value.name, TensorType(value.type.dtype, shape, ()))
+
+        return op.with_(
+            operands=tuple(map(cut, op.operands)), results=tuple(map(cut, op.results)), split={}
+        )
 
     def transfer_us(self, transfer: Transfer) -> tuple[float, float]:
         """Time of a transfer, and that of one of no bytes. See `Costs`."""
@@ -180,12 +179,3 @@ def local_bytes_at(type: TensorType, mesh: Mesh, coord: Coord) -> int:
     for size in local_shape(type, mesh, coord):
         total *= size
     return total
-
-
-def _parts(type: TensorType, mesh: Mesh, dim: int) -> int:
-    parts = 1
-    held: tuple[Placement, ...] = type.placement or ()
-    for placement, size in zip(held, mesh.sizes, strict=False):
-        if placement.kind == "S" and placement.dim == dim:
-            parts *= size
-    return parts
