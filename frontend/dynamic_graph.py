@@ -161,13 +161,10 @@ def _value(expression: Any, sizes: dict[Any, Any]) -> Any:
 
 
 def _shape_env(nodes: Iterable[Node]) -> Any:
-    """What torch recorded about the symbols of a graph; None where it has none."""
-    for node in nodes:
-        value = node.meta.get("val")
-        for size in value.shape if isinstance(value, torch.Tensor) else ():
-            if isinstance(size, torch.SymInt):
-                return size.node.shape_env
-    return None
+    """What torch recorded about the symbols of a graph."""
+    values = (node.meta.get("val") for node in nodes)
+    modes = (getattr(value, "fake_mode", None) for value in values)
+    return next((mode.shape_env for mode in modes if mode is not None), None)
 
 
 def _input_shapes(program: AtenProgram) -> list[tuple[Any, ...]]:
@@ -175,10 +172,17 @@ def _input_shapes(program: AtenProgram) -> list[tuple[Any, ...]]:
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
     inputs = set(program.graph_signature.user_inputs)
     return [
-        tuple(s.node.expr if isinstance(s, torch.SymInt) else s for s in node.meta["val"].shape)
+        tuple(map(_size, node.meta["val"].shape))
         for node in placeholders
         if node.name in inputs
     ]
+
+
+def _size(size: Any) -> Any:
+    """A number, or an expression where it varies."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    return int(size.node.expr) if size.node.expr.is_number else size.node.expr
 
 
 def _place_of(source: Any) -> tuple[int, int]:

@@ -111,9 +111,14 @@ def _like(arg: Any, generator: torch.Generator) -> Any:
     if not isinstance(arg, torch.Tensor):
         return arg
     if not arg.is_floating_point():
-        return torch.zeros(tuple(arg.shape), dtype=arg.dtype)
-    made = torch.randn(tuple(arg.shape), generator=generator).to(arg.dtype)
+        return torch.zeros(_numbers(arg.shape), dtype=arg.dtype)
+    made = torch.randn(_numbers(arg.shape), generator=generator).to(arg.dtype)
     return made.requires_grad_(arg.requires_grad)
+
+
+def _numbers(shape: Sequence[Any]) -> list[int]:
+    """A shape with the sizes of the example for those that may vary."""
+    return [size.node.hint if isinstance(size, torch.SymInt) else size for size in shape]
 
 
 def _refuse_hooks(module: torch.nn.Module) -> None:

@@ -35,7 +35,6 @@ class Tracing:
     """One trace of a program.
 
     Attributes:
-        key: what it was traced for; without sizes where it has symbols.
         captured: gives the program of a graph without symbols.
         symbolic: the graph with symbols; None for a trace of one signature.
         placed: placed modules of the plans that were searched for it, whatever their sizes.
@@ -93,6 +92,11 @@ class Tracings:
         self.count += 1
         self._last = key
         return tracing
+
+    @property
+    def families(self) -> list[Tracing]:
+        """The traces with symbols, oldest first."""
+        return [tracing for found in self._symbolic.values() for tracing in found]
 
     def seen(self, key: Key) -> None:
         """Remember the last call, for the next log message."""

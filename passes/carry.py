@@ -4,11 +4,12 @@ Ops are matched by function and by the name of their first result, parameters an
 position. What cannot be split so at the new sizes (three rows over four ranks, a reshape that
 joins an uneven dim) is whole on the axes that forbid it; `apply` then adds the reshards.
 
-The carried placement is kept while the step's predicted time grows like its work:
+A carried placement is kept where no search could be much better, or where the sizes are near:
 
-    time(new) <= LIMIT * time(old) * max(1, work(new) / work(old))
+    time(new) <= LIMIT * work(new) / ranks                              no placement is LIMIT faster
+    time(new) <= LIMIT * time(old) * max(1, growth), growth <= GROWTH   growth = work(new) / work(old)
 
-with work the time of all ops on one device. Otherwise the placement is searched again.
+with work the predicted time of all ops on one device. Otherwise a placement is searched again.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ from .reshard import Placements
 
 log = logging.getLogger("weft.place")
 
-#: a step may take this much longer than its work says before another placement is searched:
-#: uneven parts alone cost up to a factor of two (5 rows on 4 ranks are as slow as 8), which a search
-#: could not avoid along that dim
+#: a step may take this much longer than it might before another placement is searched: uneven parts
+#: alone cost up to a factor of two (5 rows on 4 ranks are as slow as 8)
 LIMIT = 2.0
+#: with more work than this times that of the searched size, what was not worth splitting may be
+GROWTH = 4.0
 #: attribute of a module whose placement was carried
 CARRIED = "carried"
 
@@ -65,7 +67,7 @@ class Carry(Pass):
         best, best_us = None, 0.0
         for placed in self.known:
             found = carried(module, placed)
-            time_us = self._suits(module, found, placed)
+            time_us = self._suits(found, placed)
             if time_us is not None and (best is None or time_us < best_us):
                 best, best_us = found, time_us
         if best is not None:
@@ -73,15 +75,19 @@ class Carry(Pass):
         log.info("the placement of other sizes does not suit these, another one is searched")
         return self.search.run(module)
 
-    def _suits(self, module: Module, found: Module, placed: Module) -> float | None:
+    @staticmethod
+    def _suits(found: Module, placed: Module) -> float | None:
         """Predicted time of a carried placement, or None where a search should do better."""
         text = str(placed.attrs.get("cluster", ""))
         if not text:
             return 0.0  # placed at random or by hand: nothing to compare
         cluster = parse_cluster(text)
-        grown = max(1.0, work_us(found, cluster) / max(1e-9, work_us(placed, cluster)))
+        work = work_us(found, cluster)
         time_us = price(found, cluster).total_us
-        return time_us if time_us <= LIMIT * grown * price(placed, cluster).total_us else None
+        ranks = found.mesh.size if found.mesh else 1
+        growth = work / max(1e-9, work_us(placed, cluster))
+        near = growth <= GROWTH and time_us <= LIMIT * max(1.0, growth) * price(placed, cluster).total_us
+        return time_us if near or time_us <= LIMIT * work / ranks else None
 
 
 def work_us(module: Module, cluster: Cluster) -> float:
