@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ir.errors import CompileError
+from ..ir.errors import CompileError, RunError
 from ..runtime.checkpoint import Checkpoints
 from ..runtime.checkpoint_whole import WholeState
 from .api import named_inputs
@@ -34,6 +34,7 @@ class _Joint(torch.autograd.Function):
     def forward(ctx: Any, module: Any, entry: Entry, inputs: Any, *wanted: Tensor) -> Any:
         ctx.module, ctx.entry = module, entry
         outs = module.begin(entry, inputs)
+        ctx.handed = entry.running.hand_over()  # the module may be called again before the backward
         ctx.mark_non_differentiable(*(t for t in outs if not t.is_floating_point()))
         ctx.shapes = [(t.shape, t.dtype) for t in outs]
         return tuple(outs)
@@ -48,7 +49,15 @@ class _Joint(torch.autograd.Function):
             else tangents[n]
             for n in entry.tangents
         ]
-        grads = dict(zip(entry.grads, entry.running.finish(*given), strict=True))
+        handed, ctx.handed = ctx.handed, None
+        if handed is None:
+            raise RunError(
+                "W0804", "the backward of a compiled module runs a second time",
+                reason="its intermediate results are gone after the first",
+                hint="add the losses up and call backward() once, or call the module again",
+            )  # fmt: skip
+        found = entry.running.finish(*given, handed=handed)
+        grads = dict(zip(entry.grads, found, strict=True))
         return None, None, None, *(grads[name] for name in entry.grads)
 
 

@@ -125,11 +125,28 @@ class Executor:
         results, self._handed = self._run(self.wrapper.sections[0], inputs, [], trace, fed)
         return results
 
-    def finish(self, tangents: Sequence[Tensor], *, trace: Trace | None = None) -> list[Tensor]:
+    def hand_over(self) -> list[Tensor] | None:
+        """What the last `begin` left for its second half, to be given back to `finish`: so other
+        first halves may run in between."""
+        handed, self._handed = self._handed, None
+        return handed
+
+    def finish(
+        self,
+        tangents: Sequence[Tensor],
+        *,
+        handed: list[Tensor] | None = None,
+        trace: Trace | None = None,
+    ) -> list[Tensor]:
         """The second half: gradients of the outputs in, gradients out. As `run`.
+
+        Args:
+            handed: what `hand_over` gave after the first half; by default that of the last one.
 
         Raises RunError W0804 when there was no `begin`.
         """
+        if handed is not None:
+            self._handed = handed
         if self._handed is None or len(self.wrapper.sections) != 2:
             raise RunError("W0804", "finish() without begin()")
         fed = [v for v in self.fed if self.wrapper.roles[v.name] == "tangent"]

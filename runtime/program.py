@@ -230,10 +230,15 @@ class Program:
         """Run the first half of a step up to the outputs, for plans with tangents. As `step`."""
         return self.executor.begin(self._inputs(inputs, None, seed), trace=self._trace)
 
-    def finish(self, *tangents: Tensor) -> list[Tensor]:
+    def hand_over(self) -> list[Tensor] | None:
+        """What the last `begin` left for `finish`; see `Executor.hand_over`."""
+        return self.executor.hand_over()
+
+    def finish(self, *tangents: Tensor, handed: list[Tensor] | None = None) -> list[Tensor]:
         """Run the second half: gradients of the outputs in, gradients out. As `step`."""
         wanted = [(name, value) for name, value, role in self._fed if role == "tangent"]
-        results = self.executor.finish(_matched(tangents, wanted, "tangent"), trace=self._trace)
+        given = _matched(tangents, wanted, "tangent")
+        results = self.executor.finish(given, handed=handed, trace=self._trace)
         self._trim()
         return results
 

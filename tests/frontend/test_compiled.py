@@ -114,6 +114,21 @@ def test_a_module_with_an_outer_loss_gets_eager_gradients() -> None:
     assert close(ours.norm.running_mean, theirs.norm.running_mean)  # type: ignore[arg-type]
 
 
+def test_a_module_is_called_twice_before_its_backward() -> None:
+    ours, theirs = net(), net()
+    compiled = weft.compile(ours)
+    x, y = batch()
+    for model in (compiled, theirs):
+        first = nn.functional.cross_entropy(model(x), y)
+        (first + model(x.flip(0)).square().mean()).backward()
+    for (key, p), q in zip(ours.named_parameters(), theirs.parameters()):
+        assert close(p.grad, q.grad, 1e-4), key  # type: ignore[arg-type]
+    loss = compiled(x).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(weft.RunError, match="runs a second time"):
+        loss.backward()
+
+
 class Tracking(nn.Module):
     """A buffer that the backward needs as it was, and that the forward replaces."""
 
