@@ -175,9 +175,7 @@ def run_campaign(campaign: Campaign, folder: Path, seed: int) -> None:
     flags = ["--save", str(kept), "--curve", str(curve), "--resume", *campaign.saving]
     at = sorted(random.sample(range(STEPS - 5), campaign.kills))
     alone = len(campaign.artifacts) == 1
-    legs = [at, []] if alone else [[step] for step in at] + [[]]
-    if alone:
-        legs = [at]
+    legs = [at] if alone else [*([step] for step in at), []]
     for number, steps in enumerate(legs):
         artifact = campaign.artifacts[number % len(campaign.artifacts)]
         line = command(artifact, len(steps) if alone else 0, flags)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import operator
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,8 @@ from .complex_pair import Pair, is_complex, lower_complex, part_types
 from .locate import node_location
 
 log = logging.getLogger("weft.trace")
+#: operators without a rule and lines of the user's that were told of: once is enough
+_TOLD: set[tuple[str, str]] = set()
 
 Entry = Callable[..., Any]
 #: overload name, e.g. `aten.add.Tensor` -> the function that emits its IR ops
@@ -293,9 +296,10 @@ class Lowering:
         operands: list[Value] = []
         text = {"args": [_template(item, operands) for item in args],
                 "kwargs": {key: _template(item, operands) for key, item in kwargs.items()}}  # fmt: skip
-        if self._opaque.setdefault(target, 0) == 0:
+        place = f"{self.loc.file}:{self.loc.line}"
+        if (target, place) not in _TOLD and os.environ.get("RANK", "0") == "0":
+            _TOLD.add((target, place))
             log.warning("%s has no rule: it runs on whole operands (%s)", target, self.loc)
-        self._opaque[target] += 1
         value = node.meta.get("val")
         if isinstance(value, (tuple, list)):
             made = [item is not None for item in value]

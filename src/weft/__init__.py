@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .frontend.api import plan
     from .frontend.compiled import compile
+    from .frontend.load import load
     from .frontend.plan import Plan
     from .ir.errors import CompileError, RunError, WeftError
-    from .runtime.executable import load
 
 __version__: str
 __all__ = ["CompileError", "Plan", "RunError", "WeftError", "compile", "load", "plan"]
@@ -18,7 +18,7 @@ _HOMES = {
     "CompileError": ("ir.errors", "CompileError"), "RunError": ("ir.errors", "RunError"),
     "WeftError": ("ir.errors", "WeftError"), "Plan": ("frontend.plan", "Plan"),
     "__version__": ("frontend.plan", "VERSION"), "compile": ("frontend.compiled", "compile"),
-    "load": ("runtime.executable", "load"), "plan": ("frontend.api", "plan"),
+    "load": ("frontend.load", "load"), "plan": ("frontend.api", "plan"),
 }  # fmt: skip
 
 

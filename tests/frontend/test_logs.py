@@ -72,7 +72,7 @@ def test_a_compilation_tells_its_passes_and_its_placement(capsys: pytest.Capture
 
 
 def test_the_command_line_refuses_a_bad_list(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_common, "OPTIONS", OPTIONS.with_({"logs": ("plce",)}))
+    monkeypatch.setattr(cli, "OPTIONS", OPTIONS.with_({"logs": ("plce",)}))
     result = CliRunner().invoke(cli.main, ["doctor"])
     assert result.exit_code == 2 and "did you mean 'place'" in result.stderr
 
