@@ -33,7 +33,12 @@ def _library() -> ctypes.CDLL | None:
 
 _LIBC = _library()
 #: less than this is not worth the page faults of the next step
-_LEAST_BYTES = 32 << 20
+LEAST_BYTES = 32 << 20
+
+
+def idle_heap() -> int:
+    """Bytes of the heap that nothing uses; 0 where the C library does not say."""
+    return 0 if _LIBC is None else int(_LIBC.mallinfo2().fordblks)
 
 
 def trim(idle_bytes: int) -> bool:
@@ -41,7 +46,7 @@ def trim(idle_bytes: int) -> bool:
 
     Returns whether it did; False where the C library cannot.
     """
-    if _LIBC is None or _LIBC.mallinfo2().fordblks <= max(idle_bytes, _LEAST_BYTES):
+    if _LIBC is None or idle_heap() <= max(idle_bytes, LEAST_BYTES):
         return False
     _LIBC.malloc_trim(0)
     return True
