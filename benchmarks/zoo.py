@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.frontend.stepping import Stepper, entry_values
 from tests.frontend.zoo import ALL, Example, build, tensors_of
 
-from weft.frontend.driver import ALL_PASSES
+from weft.frontend.pass_table import ALL_PASSES
 from weft.frontend.structure import flatten
 from weft.frontend.trace import trace_forward
 from weft.frontend.train_step import TracedStep, loss_of, trace_module_train
@@ -72,6 +72,7 @@ class Found:
     errors: dict[str, float]
     fallbacks: list[str]
     trace_s: float
+    dtype: str = "f32"
 
 
 def relative(mine: torch.Tensor, theirs: torch.Tensor, least: float = 1e-12) -> float:

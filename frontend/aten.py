@@ -25,6 +25,7 @@ from ..ir.ops import OPS
 from ..ir.types import FLOATS, TensorType
 from ..ir.verify import user_span
 from ..runtime.context import WEFT_DTYPES, tensor_type
+from .aten_decompose import decomposed
 from .complex_pair import Pair, is_complex, lower_complex, part_types
 from .locate import node_location
 
@@ -82,7 +83,7 @@ class Lowering:
         self._defs: dict[str, Op] = {}
         self._seen_ops = 0
         self._seed: Value | None = None
-        self._opaque: dict[str, int] = {}
+        self._inside: list[str] = []  #: the operators that are being decomposed
 
     # -- emission ---------------------------------------------------------------------------------
 
@@ -226,10 +227,45 @@ class Lowering:
                 self._check(target, result)
                 return result
             except Unsupported as reason:
-                del self.builder.ops[mark:]
-                self._seen_ops = min(self._seen_ops, mark)
+                self._drop(mark)
                 log.info("%s: %s", target, reason)
+        found = self._decomposed(node, target, args, kwargs)
+        if found is not None:
+            return found
+        if self._inside:
+            raise Unsupported(f"{target} has no entry")
         return self._opaque_op(node, target, args, kwargs)
+
+    def _decomposed(
+        self, node: Node, target: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """What torch makes of an operator in smaller ones, if all of those have entries."""
+        if target in self._inside:
+            return None
+        graph = decomposed(node.target, args, kwargs)
+        if graph is None:
+            return None
+        mark, outs, loc = len(self.builder.ops), self.outs, self.fixed_loc
+        self.fixed_loc = self.loc
+        self._inside.append(target)
+        placeholders = [n for n in graph[0].nodes if n.op == "placeholder"]
+        try:
+            result = self.run(graph[0], dict(zip(placeholders, graph[1], strict=True)))
+            self.outs = outs
+            self._check(target, result)
+        except (Unsupported, CompileError) as reason:
+            log.info("%s: %s", target, reason)
+            self._drop(mark)
+            return None
+        finally:
+            self.outs, self.fixed_loc = outs, loc
+            self._inside.pop()
+        return tuple(result) if isinstance(result, list) else result
+
+    def _drop(self, mark: int) -> None:
+        """Take back the ops since there were `mark`."""
+        del self.builder.ops[mark:]
+        self._seen_ops = min(self._seen_ops, mark)
 
     def _complex_node(
         self, node: Node, target: str, args: Sequence[Any], kwargs: Mapping[str, Any]

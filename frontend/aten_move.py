@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-from ..ir.module import Value
+from ..ir.module import Attr, Value
+from ..ir.types import TensorType
 from .aten import Lowering, Number, Unsupported, aten, dims_of
 
 
@@ -131,8 +132,44 @@ def pad(
     c: Lowering, x: Value, pad: Sequence[int], mode: str = "constant", value: Number | None = None
 ) -> Value:
     if mode != "constant":
-        raise Unsupported(f"padding mode {mode}")
+        return _edged(c, x, pad, mode)
     return constant_pad(c, x, pad, value or 0)  # type: ignore[no-any-return]
+
+
+def _edged(c: Lowering, x: Value, pad: Sequence[int], mode: str) -> Value:
+    """Padding with elements of the tensor itself, dim by dim from the last."""
+    for number in range(len(pad) // 2):
+        dim, (low, high) = len(x.type.shape) - 1 - number, pad[2 * number : 2 * number + 2]
+        size = x.type.shape[dim]
+        left, right = _edges(mode, size, max(low, 0), max(high, 0))
+        inner = c.slice(x, dim, max(-low, 0), size - max(-high, 0))
+        parts = [*_runs(c, x, dim, left), inner, *_runs(c, x, dim, right)]
+        x = parts[0] if len(parts) == 1 else c.emit("concat", parts, {"dim": dim})
+    return x
+
+
+def _edges(mode: str, size: int, low: int, high: int) -> tuple[list[int], list[int]]:
+    """The positions that stand before and behind a dim."""
+    before, behind = range(-low, 0), range(size, size + high)
+    if mode == "circular":
+        return [i % size for i in before], [i % size for i in behind]
+    if mode == "replicate":
+        return [0] * low, [size - 1] * high
+    if mode == "reflect":
+        return [-i for i in before], [2 * (size - 1) - i for i in behind]
+    raise Unsupported(f"padding mode {mode}")
+
+
+def _runs(c: Lowering, x: Value, dim: int, positions: Sequence[int]) -> list[Value]:
+    """The elements at positions that rise, fall or stay the same, as at most one value."""
+    if not positions:
+        return []
+    first, last = positions[0], positions[-1]
+    part = c.slice(x, dim, min(first, last), max(first, last) + 1)
+    if first > last:
+        part = c.emit("flip", [part], {"dim": dim})
+    shape = x.type.shape
+    return [c.expand(part, (*shape[:dim], len(positions), *shape[dim + 1 :]))]
 
 
 @aten("repeat.default")
@@ -156,7 +193,12 @@ def slice_scatter(
     dim, size = dim % len(x.type.shape), x.type.shape[dim]
     begin, stop, step = slice(start, end, step).indices(size)
     if step != 1:
-        raise Unsupported("slice_scatter with a step")
+        where: dict[str, Attr] = {"dim": 0, "start": begin, "step": step}
+        count = source.type.shape[dim]
+        index = c.emit("iota", [], where, TensorType("i64", (count,)))
+        wide = [count if d == dim else 1 for d in range(len(x.type.shape))]
+        index = c.expand(c.reshape(index, wide), source.type.shape)
+        return c.emit("scatter", [x, index, source], {"dim": dim})
     stop = max(begin, stop)
     parts = [c.slice(x, dim, 0, begin), source, c.slice(x, dim, stop, size)]
     parts = [part for part in parts if part.type.shape[dim]]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 from ..ir.module import Attr, Value
+from ..ir.types import TensorType
 from .aten import Lowering, Unsupported, aten
 from .aten_contract import sizes_of
 from .aten_reduce import mean_of
@@ -74,15 +76,45 @@ def adaptive_avg_pool(c: Lowering, x: Value, output_size: Sequence[int]) -> Valu
     return _mean_of_tiles(c, x, out)
 
 
-@aten("avg_pool2d.default")
-def avg_pool2d(
-    c: Lowering, x: Value, kernel_size: Any, stride: Any = (), padding: Any = 0,
-    ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: Any = None,
+def _average(
+    c: Lowering, x: Value, kernel_size: Any, stride: Any, padding: Any, ceil: bool, pads: bool,
+    divisor: Any, rank: int,
 ) -> Value:  # fmt: skip
-    kernel = sizes_of(kernel_size, 2)
-    stride = kernel if stride in ((), [], None) else sizes_of(stride, 2)
-    sizes = x.type.shape[-2:]
+    kernel, padding = sizes_of(kernel_size, rank), sizes_of(padding, rank)
+    stride = kernel if stride in ((), [], None) else sizes_of(stride, rank)
+    lead, sizes = x.type.shape[:-rank], x.type.shape[-rank:]
     exact = all(size % k == 0 for size, k in zip(sizes, kernel, strict=True))
-    if kernel != stride or any(sizes_of(padding, 2)) or divisor_override or not exact:
-        raise Unsupported("average pooling with overlapping or padded windows")
-    return _mean_of_tiles(c, x, [size // k for size, k in zip(sizes, kernel, strict=True)])
+    if kernel == stride and exact and not any(padding) and not divisor:
+        return _mean_of_tiles(c, x, [size // k for size, k in zip(sizes, kernel, strict=True)])
+    out = c.out.shape[-rank:]
+    if ceil and out != tuple(
+        (n + 2 * p - k) // s + 1 for n, p, k, s in zip(sizes, padding, kernel, stride, strict=True)
+    ):
+        raise Unsupported("average pooling whose last windows hang over")
+    attrs: dict[str, Attr] = {"stride": stride, "padding": padding, "dilation": (1,) * rank}
+
+    def total(image: Value) -> Value:  # the sum of each window: a convolution with ones
+        ones = c.constant(1, image.type.dtype, (1, 1, *kernel))
+        type = TensorType(image.type.dtype, (image.type.shape[0], 1, *out))
+        return c.emit("convolution", [image, ones], attrs, type)
+
+    sums = c.reshape(total(c.reshape(x, (prod(lead), 1, *sizes))), (*lead, *out))
+    if divisor or pads or not any(padding):
+        return c.apply("mul", sums, 1.0 / (divisor or prod(kernel)))
+    counts = total(c.constant(1, x.type.dtype, (1, 1, *sizes)))
+    return c.emit("div", [sums, c.reshape(counts, (*[1] * len(lead), *out))])
+
+
+def _define_average(rank: int) -> None:
+    def avg_pool(
+        c: Lowering, x: Value, kernel_size: Any, stride: Any = (), padding: Any = 0,
+        ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: Any = None,
+    ) -> Value:  # fmt: skip
+        return _average(c, x, kernel_size, stride, padding, ceil_mode, count_include_pad,
+                        divisor_override, rank)  # fmt: skip
+
+    aten(f"avg_pool{rank}d.default")(avg_pool)
+
+
+for _rank in (1, 2, 3):
+    _define_average(_rank)

@@ -112,6 +112,19 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], list[Tensor]]]] = {
         x, w, padding="same", groups=2)], lambda: [randn(2, 4, 9), randn(6, 2, 3)]),
     "transposed-convolution": (lambda x, w, b: F.conv_transpose2d(x, w, b, 2, 1, 1),
                                lambda: [randn(2, 3, 4, 5), randn(3, 4, 3, 3), randn(4)]),
+    # windows and grids
+    "average-pooling": (lambda x: [
+        F.avg_pool2d(x, 3, 1, 1), F.avg_pool2d(x, 3, 2, 1, count_include_pad=False), F.avg_pool2d(
+            x, 3, 2, divisor_override=2), F.avg_pool1d(x[:, 0], 3, 2)],
+        lambda: [randn(2, 3, 8, 7)]),
+    "resizing": (lambda x: [F.interpolate(x, scale_factor=2, mode="bilinear"), F.interpolate(
+        x, size=(5, 7)), F.interpolate(x, scale_factor=2, mode="bicubic"), F.adaptive_avg_pool2d(
+            x, (3, 4))], lambda: [randn(2, 3, 4, 6)]),
+    "edges": (lambda x: [F.pad(x, (1, 2, 1, 0), mode) for mode in (
+        "reflect", "replicate", "circular")] + [F.pad(x, (-1, 2, 0, 1), "replicate")],
+        lambda: [randn(2, 3, 4, 6)]),
+    "strided-writes": (lambda x, y: [torch.slice_scatter(x, y, 1, 2, 6, 2), torch.slice_scatter(
+        x, y, 1, 3, 5)], lambda: [randn(3, 8), randn(3, 2)]),
     # attention
     "attention": (lambda q, k, v: [F.scaled_dot_product_attention(q, k, v), F.
                   scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)],

@@ -43,6 +43,8 @@ _LARGEST = {
     "image_size": 32,
     "patch_size": 8,
 }  # fmt: skip
+#: names of the list of the layers' kinds, which some configurations compute
+_KINDS = ("layer_types", "layers_block_type")
 #: these are ids of tokens
 _IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 1}
 
@@ -64,7 +66,7 @@ def shrink(cls: type, **overrides: Any) -> Any:
             values[name] = given
         elif isinstance(value, float) and ("drop" in name or name.startswith("mask_")):
             values[name] = 0.0
-        elif isinstance(value, bool):
+        elif isinstance(value, bool) or isinstance(getattr(cls, name, None), property):
             continue
         elif isinstance(value, int) and name in _IDS:
             values[name] = _IDS[name]
@@ -72,7 +74,8 @@ def shrink(cls: type, **overrides: Any) -> Any:
             values[name] = min(value, _LARGEST[name])
     values.update(overrides)
     kinds = getattr(default, "layer_types", None)
-    if isinstance(kinds, list) and "layer_types" not in overrides:
+    fixed = any(isinstance(getattr(cls, name, None), property) for name in _KINDS)
+    if isinstance(kinds, list) and not fixed and "layer_types" not in overrides:
         values["layer_types"] = (list(dict.fromkeys(kinds)) * 2)[:2]
     return cls(**values)
 
@@ -162,40 +165,89 @@ _CAUSAL: dict[str, dict[str, Any]] = {
     "qwen2": {}, "gemma": {}, "gemma2": {}, "gemma3_text": {}, "deepseek_v3": _LATENT,
     "qwen2_moe": {}, "qwen3_moe": {}, "gpt_oss": {}, "olmoe": {}, "granite": {}, "granitemoe": {},
     "falcon": {}, "gptj": {"rotary_dim": 4}, "codegen": {"rotary_dim": 4}, "gpt_bigcode": {},
-    "starcoder2": {}, "phi": {}, "stablelm": {}, "cohere": {}, "cohere2": {}, "nemotron": {},
+    "starcoder2": {}, "phi": {}, "stablelm": {}, "cohere": {}, "cohere2": {}, "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
     "glm": {}, "glm4": {}, "olmo": {}, "olmo3": {}, "smollm3": {}, "ernie4_5": {}, "exaone4": {},
-    "llama4_text": {}, "phimoe": {}, "dbrx": {}, "jamba": {}, "minimax": {}, "deepseek_v2": _LATENT,
-    "glm4_moe": {}, "qwen3_next": {}, "falcon_mamba": {}, "bamba": {}, "zamba2": {},
-    "recurrent_gemma": {}, "rwkv": {}, "xlstm": {}, "lfm2": {}, "gpt_neo": {}, "biogpt": {},
+    "llama4_text": {}, "phimoe": {}, "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2}, "minimax": {}, "deepseek_v2": {**_LATENT, "num_experts_per_tok": 2},
+    "glm4_moe": {}, "qwen3_next": {}, "falcon_mamba": {}, "bamba": {},
+    "recurrent_gemma": {}, "rwkv": {}, "lfm2": {}, "gpt_neo": {"attention_types": [[["global", "local"], 1]]}, "biogpt": {},
     "ctrl": {}, "xglm": {}, "persimmon": {}, "mpt": {}, "modernbert-decoder": {}, "diffllama": {},
-    "granitemoehybrid": {}, "falcon_h1": {}, "hunyuan_v1_moe": {}, "seed_oss": {}, "arcee": {},
-    "helium": {}, "apertus": {}, "bitnet": {}, "nemotron_h": {}, "openai-gpt": {}, "reformer": {},
-    "doge": {}, "kimi_linear": {}, "jetmoe": {}, "gemma3n_text": {}, "gemma4_text": {},
-    "longcat_flash": {}, "minimax_m2": {}, "ernie4_5_moe": {}, "olmo_hybrid": {}, "zaya": {},
-    "flex_olmo": {}, "dots1": {}, "qwen3_5_text": {}, "qwen3_5_moe_text": {}, "lfm2_moe": {},
+    "seed_oss": {}, "arcee": {},
+    "helium": {}, "apertus": {}, "bitnet": {}, "openai-gpt": {},
+    "doge": {}, "jetmoe": {}, "gemma4_text": {},
+    "minimax_m2": {}, "ernie4_5_moe": {}, "olmo_hybrid": {}, "zaya": {},
+    "flex_olmo": {}, "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}, "qwen3_5_text": {}, "qwen3_5_moe_text": {},
 }  # fmt: skip
 _MASKED: dict[str, dict[str, Any]] = {
     "roberta": {}, "distilbert": {"dim": 32}, "electra": {}, "albert": {}, "deberta": {},
     "deberta-v2": {}, "modernbert": {}, "xlm-roberta": {}, "camembert": {}, "funnel": {},
     "longformer": {"attention_window": 4}, "big_bird": {"attention_type": "original_full"},
-    "mpnet": {}, "layoutlm": {}, "esm": {}, "fnet": {}, "mobilebert": {}, "squeezebert": {},
+    "mpnet": {}, "layoutlm": {}, "esm": {"vocab_size": VOCABULARY, "pad_token_id": 0, "mask_token_id": 3}, "fnet": {}, "mobilebert": {}, "squeezebert": {},
     "convbert": {}, "megatron-bert": {}, "nystromformer": {}, "rembert": {}, "roformer": {},
-    "xlm": {}, "ernie": {}, "data2vec-text": {}, "ibert": {}, "tapas": {}, "yoso": {}, "flaubert": {},
-    "mvp": {}, "perceiver": {}, "eurobert": {}, "nomic_bert": {}, "mra": {}, "luke": {},
+    "xlm": {}, "ernie": {}, "data2vec-text": {}, "ibert": {}, "yoso": {}, "flaubert": {},
+    "mvp": {}, "eurobert": {}, "nomic_bert": {}, "mra": {}, "luke": {},
 }  # fmt: skip
 _PAIRS: dict[str, dict[str, Any]] = {
-    "mt5": {}, "umt5": {}, "switch_transformers": {}, "pegasus": {}, "pegasus_x": {}, "mbart": {},
-    "led": {"attention_window": 4}, "m2m_100": {}, "marian": {}, "prophetnet": {}, "longt5": {},
+    "mt5": {}, "umt5": {}, "switch_transformers": {"decoder_start_token_id": 0}, "pegasus": {}, "pegasus_x": {}, "mbart": {},
+    "led": {"attention_window": 4}, "m2m_100": {}, "marian": {}, "prophetnet": {}, "longt5": {"decoder_start_token_id": 0},
     "blenderbot": {}, "fsmt": {}, "nllb-moe": {}, "plbart": {}, "bigbird_pegasus": {}, "t5gemma": {},
 }  # fmt: skip
 _IMAGES: dict[str, dict[str, Any]] = {
-    "deit": {}, "beit": {}, "convnext": {}, "convnextv2": {}, "dinov2": {}, "swinv2": {},
-    "mobilenet_v1": {}, "mobilenet_v2": {}, "mobilevit": {}, "mobilevitv2": {}, "segformer": {},
-    "efficientnet": {}, "regnet": {}, "levit": {}, "poolformer": {}, "pvt": {}, "pvt_v2": {},
+    "beit": {}, "convnext": {}, "convnextv2": {}, "dinov2": {}, "swinv2": {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},
+    "mobilenet_v1": {}, "mobilenet_v2": {}, "segformer": {},
+    "regnet": {}, "poolformer": {}, "pvt": {}, "pvt_v2": {},
     "bit": {}, "cvt": {}, "focalnet": {}, "hiera": {}, "swiftformer": {}, "vit_msn": {},
-    "data2vec-vision": {}, "imagegpt": {}, "siglip": {}, "clip": {}, "perceiver": {}, "dinat": {},
-    "efficientformer": {}, "dinov2_with_registers": {}, "ijepa": {}, "hgnet_v2": {}, "textnet": {},
-    "van": {}, "donut-swin": {}, "vjepa2": {}, "resnet": {},
+    "data2vec-vision": {}, "siglip": {},
+    "dinov2_with_registers": {}, "ijepa": {}, "hgnet_v2": {}, "textnet": {},
+    "resnet": {},
+}  # fmt: skip
+
+
+def _sound(config: Any) -> dict[str, Any]:
+    return {"input_values": torch.randn(2, 1600)}
+
+
+def _video(config: Any) -> dict[str, Any]:
+    return {"pixel_values": torch.randn(2, config.num_frames, 3, config.image_size, config.image_size)}
+
+
+def _picture(config: Any) -> dict[str, Any]:
+    size = config.image_size
+    return {"pixel_values": torch.randn(2, 3, *((size, size) if isinstance(size, int) else size))}
+
+
+def _two_towers(config: Any) -> dict[str, Any]:
+    pixels = torch.randn(4, 3, 32, 32)
+    return {"input_ids": _ids(), "pixel_values": pixels, "return_loss": True}
+
+
+def _series(config: Any) -> dict[str, Any]:
+    past = torch.randn(4, config.context_length, config.num_input_channels)
+    return {"past_values": past, "future_values": torch.randn(4, config.prediction_length, config.num_input_channels)}
+
+
+def _decisions(config: Any) -> dict[str, Any]:
+    return {
+        "states": torch.randn(2, 5, config.state_dim), "actions": torch.randn(2, 5, config.act_dim),
+        "rewards": torch.randn(2, 5, 1), "returns_to_go": torch.randn(2, 5, 1),
+        "timesteps": torch.arange(5).repeat(2, 1), "attention_mask": torch.ones(2, 5),
+    }  # fmt: skip
+
+
+_SOUND = {"conv_dim": [16, 16, 16], "conv_kernel": [10, 3, 2], "conv_stride": [5, 2, 2],
+          "num_feat_extract_layers": 3, "num_conv_pos_embeddings": 16,
+          "num_conv_pos_embedding_groups": 4, "apply_spec_augment": False}  # fmt: skip
+_OTHERS: dict[str, Callable[[], Example]] = {
+    "deit": partial(of, "DeiTForImageClassification", lambda c: {**_picture(c), "labels": torch.tensor([1, 0])},
+                    loss=True),
+    "wav2vec2": partial(of, "Wav2Vec2Model", _sound, **_SOUND),
+    "hubert": partial(of, "HubertModel", _sound, **_SOUND),
+    "wavlm": partial(of, "WavLMModel", _sound, **_SOUND),
+    "videomae": partial(of, "VideoMAEModel", _video, num_frames=4),
+    "yolos": partial(of, "YolosModel", _picture, image_size=[32, 32]),
+    "siglip-pair": partial(of, "SiglipModel", _two_towers, loss=True),
+    "patchtst": partial(of, "PatchTSTForPrediction", _series, loss=True, context_length=32, patch_length=4,
+                        patch_stride=4, prediction_length=8, num_input_channels=3),
+    "decision_transformer": partial(of, "DecisionTransformerModel", _decisions, hidden_size=32, n_head=4),
 }  # fmt: skip
 
 
@@ -206,7 +258,7 @@ def _table() -> dict[str, Callable[[], Example]]:
         for kind, overrides in entries.items():
             name = kind if kind not in table else kind + suffix
             table[name] = partial(make, kind, **overrides)
-    return table
+    return {**table, **_OTHERS}
 
 
 WIDE: dict[str, Callable[[], Example]] = _table()
