@@ -2,13 +2,14 @@
 # make test   set up, then run the tests
 # make lint   types, style, direction of imports
 # make bench  every benchmark, in short; fails when a target is missed
+# make cluster-bench  real plans on emulated hosts next to their prediction (root; some minutes)
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint setup bench clean
+.PHONY: demo test lint setup bench cluster-bench clean
 
 setup: $(STAMP)
 
@@ -33,6 +34,9 @@ lint: setup
 bench: setup
 	status=0; for file in $$(grep -l '^from rows import .*finish' benchmarks/*.py); do \
 	  echo $$file; $(BIN)/python $$file --quick || status=1; done; exit $$status
+
+cluster-bench: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cluster/bench.py --plans
 
 clean:
 	rm -rf $(VENV) out demo-out build dist *.egg-info src/*.egg-info

@@ -84,15 +84,22 @@ class OpCosts:
 
     def time_us(self, name: str, bytes_per_rank: float, place: Place) -> float:
         """Time of the op."""
-        steps, wire, handled = volume(name, bytes_per_rank, place)
+        steps, _, handled = volume(name, bytes_per_rank, place)
         copy = self.copy_ns_per_byte * place.crowd
         if place.far:
             hop = self.far_us + 2e6 * place.delay_s
             copy += self.far_ns_per_byte
         else:
             hop, copy = self.near_us * place.crowd * place.hop_scale, copy * place.copy_scale
-        on_wire = wire / (place.bytes_per_s * self.efficiency) * 1e6 if place.far else 0.0
+        on_wire = self.wire_us(name, bytes_per_rank, place)
         return self.base_us * place.crowd + steps * hop + on_wire + handled * copy * 1e-3
+
+    def wire_us(self, name: str, bytes_per_rank: float, place: Place) -> float:
+        """Of it, what the network card takes."""
+        if not place.far:
+            return 0.0
+        rate = place.bytes_per_s * self.efficiency
+        return volume(name, bytes_per_rank, place)[1] / rate * 1e6
 
 
 def volume(name: str, bytes_per_rank: float, place: Place) -> tuple[float, float, float]:
@@ -127,6 +134,11 @@ class GlooCosts:
             half = replace(place, ranks=place.ranks // 2)
             time_us = max(time_us, self.time_us(name, bytes_per_rank, half))
         return time_us
+
+    def wire_us(self, name: str, bytes_per_rank: float, place: Place) -> float:
+        """What the network cards take of a transfer."""
+        op = FITTED[name]
+        return self.ops[op].wire_us(op, bytes_per_rank, place) if place.ranks > 1 else 0.0
 
     def to_json(self) -> str:
         """Text of a file."""

@@ -41,12 +41,20 @@ class Topology:
         ranks: processes on each.
         rate_mbit: rate of a host's network card, each direction.
         delay_us: one-way delay between two hosts.
+
+    Raises ValueError for numbers that no network has.
     """
 
     hosts: int
     ranks: int
     rate_mbit: float = 1000.0
     delay_us: float = 1000.0
+
+    def __post_init__(self) -> None:
+        if self.hosts < 1 or self.ranks < 1:
+            raise ValueError(f"hosts and ranks must be at least 1, got {self.hosts}x{self.ranks}")
+        if not 0 < self.rate_mbit < float("inf") or not 0 <= self.delay_us < float("inf"):
+            raise ValueError(f"rate_mbit {self.rate_mbit} or delay_us {self.delay_us} is impossible")
 
     @property
     def world(self) -> int:
