@@ -7,6 +7,8 @@
                                   [links.inter]     bytes_per_s = 3.5e10  latency_s = 5e-6
                                   [links]           fabric = "nvlink4"
                                   [device]          memory_bytes = 6e10
+    either, @ a file about its device: a calibration (`weft calibrate`), or datasheet numbers in a
+    TOML file                     1x4:cpu@here.json   2x8:h100@newer.toml
 
 Ranks are numbered host by host. Every error is a CompileError W0501.
 """
@@ -24,8 +26,10 @@ from typing import Any
 
 from ..ir.errors import CompileError
 from ..ir.types import Mesh
+from .calibration import read_calibration
 from .collectives_query import check_fabric
-from .devices import DEVICES, Device, Link
+from .datasheet import read_device_file
+from .devices import DEVICES, Device, Link, calibrated, with_sheet
 
 #: more kinds of hosts than any cluster has
 _MOST_GROUPS = 64
@@ -143,7 +147,9 @@ def parse_cluster(text: str) -> Cluster:
             "W0501", "the cluster must be a text", reason=f"it is of type {type(text).__name__}",
             hint='write for example "2x8:h100", or the path of a .toml file',
         )  # fmt: skip
-    text = text.strip()
+    text, _, about = text.strip().partition("@")
+    if about:
+        return _about(parse_cluster(text), Path(about))
     if text.endswith(".toml"):
         return _from_file(Path(text))
     parts = text.split("+")
@@ -154,6 +160,20 @@ def parse_cluster(text: str) -> Cluster:
         )  # fmt: skip
     groups = tuple(_parse_group(part.strip(), text) for part in parts)
     return make_cluster(groups)
+
+
+def _about(cluster: Cluster, path: Path) -> Cluster:
+    """A cluster with what a file says about its device. Raises CompileError W1302."""
+    if path.suffix == ".toml":
+        return replace(cluster, device=with_sheet(cluster.device, read_device_file(path)))
+    found = read_calibration(path)
+    if found.kind != cluster.device.kind:
+        raise CompileError(
+            "W1302", f"{path} was measured on {found.kind}, the cluster has {cluster.device.kind}",
+            reason="a calibration holds for the device kind that it was measured on",
+            hint=f"run weft calibrate on a host with {cluster.device.kind}",
+        )  # fmt: skip
+    return replace(cluster, device=calibrated(cluster.device, found))
 
 
 def make_cluster(groups: tuple[Group, ...]) -> Cluster:
@@ -216,7 +236,7 @@ def _group(kind: str, hosts: int, devices: int, where: str) -> Group:
 
 _TOP, _GROUP = ("name", "groups", "links", "device"), ("device", "hosts", "devices")
 _LINKS = ("intra", "inter", "fabric")
-_DEVICE = ("memory_bytes", "dram_bytes_per_s", "launch_us", "flops_per_s")
+_DEVICE = ("memory_bytes", "dram_bytes_per_s", "launch_us", "flops_per_s", "cores")
 
 
 #: more than any number of a file is: bytes per second, operations per second
@@ -309,6 +329,8 @@ def _from_file(path: Path) -> Cluster:
             rates = _table(path, value, "device.flops_per_s", ("f64", "f32", "bf16", "f16", "f8"))
             numbers = {k: _number(path, v, f"device.flops_per_s.{k}") for k, v in rates.items()}
             changes[key] = tuple({**dict(cluster.device.flops_per_s), **numbers}.items())
+        elif key == "cores":
+            changes[key] = _count(path, value, "device.cores")
         else:
             changes[key] = _number(path, value, f"device.{key}")
     return replace(cluster, device=replace(cluster.device, **changes))

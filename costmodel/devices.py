@@ -1,17 +1,17 @@
 """One entry per device kind: datasheet peaks, memory, launch cost and the links it comes with.
 
 Peaks are dense and vendor-stated (NVIDIA and AMD datasheets; CDNA and Ampere to Blackwell white
-papers). What a kernel reaches of them is in `COMPUTE_EFFICIENCY` and its neighbours. Issue 4's
-learned model replaces those factors; the table of devices stays.
+papers). What kernels reach of them is learned, see `kernel_model.py`; `sheet` names the row of
+`datasheets.csv` that the model knows the device by.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-#: fraction of the peak that large matrix products reach: median over 5e10-FLOP and larger GEMMs of
-#: the public measurements (H100 bf16 0.77, A100 bf16 0.77, B200 bf16 0.64, V100 fp16 0.72)
-COMPUTE_EFFICIENCY = 0.7
+from .calibration import Calibration
+from .datasheet import Datasheet
+
 #: fraction of the DRAM bandwidth that a streaming kernel reaches (BabelStream on A100 and H100
 #: reports 0.85 to 0.92)
 DRAM_EFFICIENCY = 0.85
@@ -49,6 +49,10 @@ class Device:
         intra: the link between two devices of a host.
         inter: the link between hosts, per device.
         source: where the numbers come from.
+        sheet: its row of `datasheets.csv`.
+        cores: processor cores of a host that its ranks share; 0 where each rank has its own device.
+        calibration: what was measured on the machine at hand, see `calibration.py`.
+        own_sheet: datasheet numbers from a user's file, in place of `sheet`.
     """
 
     kind: str
@@ -59,6 +63,10 @@ class Device:
     intra: Link
     inter: Link
     source: str
+    sheet: str = "cpu"
+    cores: int = 0
+    calibration: Calibration | None = None
+    own_sheet: Datasheet | None = None
 
     def peak_flops_per_s(self, dtype: str) -> float:
         """Peak rate of matrix products in a dtype."""
@@ -77,6 +85,7 @@ def _gpu(
     memory_gb: float,
     link_gb: float,
     nic_gb: float,
+    sheet: str,
     f8: float = 0.0,
     bf16: bool = True,
     source: str = "datasheet",
@@ -97,6 +106,7 @@ def _gpu(
         # 15 us and 3 us a step: 16 GPUs on 2 hosts, 8 bytes, take 69 us over EFA (30 steps)
         inter=Link(nic_gb * 1e9 * LINK_EFFICIENCY, 3e-6, 15e-6),
         source=source,
+        sheet=sheet,
     )
 
 
@@ -117,23 +127,50 @@ _ENTRIES = (
         inter=Link(1.1e9, 150e-6, 200e-6),
         source="measured with gloo on a 2-core x86 server",
     ),
-    _gpu("v100", f32=15.7, f16=125, f64=7.8, dram_gb=900, memory_gb=32, link_gb=150, nic_gb=12.5,
+    _gpu("v100", sheet="V100-SXM2-32GB",
+         f32=15.7, f16=125, f64=7.8, dram_gb=900, memory_gb=32, link_gb=150, nic_gb=12.5,
          bf16=False, source="V100 SXM2 32 GB datasheet, DGX-1"),
-    _gpu("a100", f32=19.5, f16=312, f64=19.5, dram_gb=2039, memory_gb=80, link_gb=300, nic_gb=25,
+    _gpu("a100", sheet="A100-SXM4-80GB",
+         f32=19.5, f16=312, f64=19.5, dram_gb=2039, memory_gb=80, link_gb=300, nic_gb=25,
          source="A100 SXM4 80 GB datasheet, DGX A100"),
-    _gpu("h100", f32=66.9, f16=989, f64=66.9, f8=1979, dram_gb=3350, memory_gb=80, link_gb=450,
+    _gpu("h100", sheet="H100-SXM5-80GB",
+         f32=66.9, f16=989, f64=66.9, f8=1979, dram_gb=3350, memory_gb=80, link_gb=450,
          nic_gb=50, source="H100 SXM5 80 GB datasheet, DGX H100"),
-    _gpu("h200", f32=66.9, f16=989, f64=66.9, f8=1979, dram_gb=4800, memory_gb=141, link_gb=450,
+    _gpu("h200", sheet="H200-SXM-141GB",
+         f32=66.9, f16=989, f64=66.9, f8=1979, dram_gb=4800, memory_gb=141, link_gb=450,
          nic_gb=50, source="H200 SXM datasheet, DGX H200"),
-    _gpu("b200", f32=75, f16=2250, f64=37, f8=4500, dram_gb=8000, memory_gb=180, link_gb=900,
+    _gpu("b200", sheet="B200-SXM",
+         f32=75, f16=2250, f64=37, f8=4500, dram_gb=8000, memory_gb=180, link_gb=900,
          nic_gb=50, source="B200 SXM datasheet, DGX B200"),
-    _gpu("l40s", f32=91.6, f16=362, f64=1.4, f8=733, dram_gb=864, memory_gb=48, link_gb=32,
+    _gpu("l40s", sheet="L40S",
+         f32=91.6, f16=362, f64=1.4, f8=733, dram_gb=864, memory_gb=48, link_gb=32,
          nic_gb=25, source="L40S datasheet; PCIe 4 x16 between devices"),
-    _gpu("mi250", f32=45.3, f16=362, f64=45.3, dram_gb=3277, memory_gb=128, link_gb=350, nic_gb=25,
+    _gpu("mi250", sheet="MI250",
+         f32=45.3, f16=362, f64=45.3, dram_gb=3277, memory_gb=128, link_gb=350, nic_gb=25,
          source="MI250 datasheet, both dies"),
-    _gpu("mi300x", f32=163.4, f16=1307, f64=81.7, f8=2615, dram_gb=5300, memory_gb=192,
+    _gpu("mi300x", sheet="MI300X",
+         f32=163.4, f16=1307, f64=81.7, f8=2615, dram_gb=5300, memory_gb=192,
          link_gb=448, nic_gb=50, source="MI300X datasheet, 7 xGMI links of 64 GB/s"),
 )  # fmt: skip
 
 #: device kind -> entry
 DEVICES: dict[str, Device] = {entry.kind: entry for entry in _ENTRIES}
+
+
+def calibrated(device: Device, found: Calibration) -> Device:
+    """A device as it was measured; a CPU's rates are those of the measurement."""
+    changed = replace(device, launch_us=found.launch_us, cores=found.cores, calibration=found)
+    return replace(with_sheet(changed, found.device), own_sheet=None) if found.cores else changed
+
+
+def with_sheet(device: Device, sheet: Datasheet) -> Device:
+    """A device with the numbers of a datasheet in place of its own."""
+    rates = {"f32": sheet.f32, "f16": sheet.f16, "bf16": sheet.bf16, "f8": sheet.f8}
+    flops = tuple((name, rate * 1e12) for name, rate in rates.items() if rate)
+    return replace(
+        device,
+        flops_per_s=flops,
+        dram_bytes_per_s=sheet.mem_gbs * 1e9,
+        memory_bytes=sheet.mem_gb * 1e9 if sheet.mem_gb else device.memory_bytes,
+        own_sheet=sheet,
+    )

@@ -28,6 +28,10 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "cli_simulate", "simulate_command",
         "Replay a step: its time, memory, critical path, and where it waits for communication.",
     ),
+    "calibrate": (
+        "cli_calibrate", "calibrate_command",
+        "Measure this machine, so that plans for it are priced with what it does.",
+    ),
     "verify": (
         "cli_verify", "verify",
         "Run every dump on the same inputs in one process and compare; exit 0 only if all agree.",

@@ -112,6 +112,8 @@ def plan_program(
 
     Raises CompileError.
     """
+    if options.calibration:
+        cluster = f"{cluster}@{options.calibration}"
     parsed = parse_cluster(cluster)  # a typo is told before the work begins
     log.info(
         "%s: %d ops, %d parameters and inputs, %s", program.target, len(program.module.entry.ops),

@@ -57,6 +57,7 @@ class Options:
         full_tracebacks: show weft's own frames in tracebacks (`WEFT_TRACEBACKS=full`).
         cpu_backend: what runs the actions between transfers on a CPU: `eager`, one by one, or
             `inductor`, compiled (`WEFT_CPU_BACKEND`).
+        calibration: file of `weft calibrate` that plans are priced with (`WEFT_CALIBRATION`).
     """
 
     cluster: str = ""
@@ -67,10 +68,11 @@ class Options:
     progress: bool = True
     full_tracebacks: bool = False
     cpu_backend: str = "eager"
+    calibration: str = ""
 
     def __post_init__(self) -> None:
         """Raises CompileError W1001 for a value of another type; texts are taken for `logs`, `cache`."""
-        for name in ("cluster", "pipeline", "cpu_backend"):
+        for name in ("cluster", "pipeline", "cpu_backend", "calibration"):
             expect(getattr(self, name), str, f"the option {name}")
         for name in ("verify_each", "progress", "full_tracebacks"):
             expect(getattr(self, name), bool, f"the option {name}")
@@ -102,6 +104,7 @@ class Options:
             progress=environ.get("WEFT_PROGRESS", "1") != "0",
             full_tracebacks=environ.get("WEFT_TRACEBACKS", "") == "full",
             cpu_backend=environ.get("WEFT_CPU_BACKEND", "eager"),
+            calibration=environ.get("WEFT_CALIBRATION", ""),
         )
 
     def with_(self, changes: Mapping[str, object]) -> Options:

@@ -42,6 +42,8 @@ CODES: dict[str, str] = {
     "W1105": "checkpoint: it could not be written",
     "W1106": "checkpoint: another job writes to the folder",
     "W1201": "trace file: it does not match the plan",
+    "W1301": "cost model: unknown device or op, or a size that no kernel has",
+    "W1302": "cost model: a device, calibration or weights file cannot be used",
 }
 
 

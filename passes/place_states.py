@@ -7,7 +7,7 @@ from functools import lru_cache
 from itertools import product
 
 from ..costmodel.cluster import Cluster
-from ..costmodel.estimate import op_time_us
+from ..costmodel.estimate import op_time_us, op_times_us
 from ..ir.module import Op, Value
 from ..ir.opdef import OPS, full_attrs, signature_of
 from ..ir.types import B, Mesh, TensorType, illegal_placement
@@ -63,15 +63,19 @@ def _states(
     for size, only in zip(mesh.sizes, fixed, strict=True):
         legal = ["", *(s for s in signature.states if not signature.illegal(s, size))]
         choices.append(legal if only is None else [only])
-    found: dict[object, State] = {}
+    legal_states = []
     for states in product(*choices):
         if signature.check(states, mesh.sizes):
             continue
         operands, results = signature.placements(states)
         tensors = zip((*ins, *outs), (*operands, *results), strict=True)
-        if any(illegal_placement(t, mesh, p) for t, p in tensors):
-            continue
-        state = State(states, operands, results, op_time_us(op, states, mesh, cluster))
+        if not any(illegal_placement(t, mesh, p) for t, p in tensors):
+            legal_states.append((states, operands, results))
+    # priced together: a batch costs little more than one
+    times = op_times_us(op, [states for states, _, _ in legal_states], mesh, cluster)
+    found: dict[object, State] = {}
+    for (states, operands, results), time_us in zip(legal_states, times, strict=True):
+        state = State(states, operands, results, time_us)
         known = found.get((operands, results))
         if known is None or state.time_us < known.time_us:
             found[operands, results] = state

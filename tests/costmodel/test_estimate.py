@@ -42,9 +42,17 @@ def test_op_times_never_fall_when_a_dim_doubles(m: int, k: int, n: int) -> None:
 def test_a_split_divides_the_work_and_an_unused_axis_repeats_it() -> None:
     op, launch = matmul(8192, 8192, 8192, "bf16"), CLUSTER.device.launch_us
     whole = op_time_us(op, ("", ""), MESH, CLUSTER) - launch
-    assert whole == pytest.approx(2 * 8192**3 / (989e12 * 0.7) * 1e6, rel=1e-6)
+    at_peak_us = 2 * 8192**3 / 989e12 * 1e6
+    assert at_peak_us < whole < 2 * at_peak_us
     for states, parts in ((("m", ""), 2), (("m", "n"), 4), (("k", "k"), 4), (("", "n"), 2)):
-        assert op_time_us(op, states, MESH, CLUSTER) - launch == pytest.approx(whole / parts)
+        part = op_time_us(op, states, MESH, CLUSTER) - launch
+        assert at_peak_us / parts < part and part == pytest.approx(whole / parts, rel=0.4)
+
+
+def test_a_cpu_has_the_rates_of_its_table() -> None:
+    cluster, mesh = parse_cluster("1x1:cpu"), Mesh((), "cpu")
+    took = op_time_us(matmul(1024, 1024, 1024), (), mesh, cluster) - cluster.device.launch_us
+    assert took == pytest.approx(2 * 1024**3 / 1.4e11 * 1e6, rel=0.1)
 
 
 def test_uneven_parts_cost_as_much_as_the_largest() -> None:
@@ -59,8 +67,8 @@ def test_low_precision_is_faster_and_memory_bound_ops_do_not_care_for_flops() ->
     b = Builder()
     x = b.param(TensorType("f32", (1 << 24,)))
     b.one("neg", [x])
-    moved_s = 2 * 4 * (1 << 24) / (3.35e12 * 0.85)
-    assert op_time_us(b.ops[0], ("", ""), MESH, CLUSTER) == pytest.approx(4.0 + moved_s * 1e6)
+    moved_us = 2 * 4 * (1 << 24) / 3.35e12 * 1e6
+    assert moved_us < op_time_us(b.ops[0], ("", ""), MESH, CLUSTER) - 4.0 < 2.5 * moved_us
 
 
 def test_a_split_of_an_lse_dim_pays_for_its_fix_up() -> None:

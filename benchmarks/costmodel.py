@@ -1,0 +1,44 @@
+"""The cost model on measurements: kernels and collectives of a folder.
+
+    python benchmarks/costmodel.py --data DIR                 the shipped weights
+    python benchmarks/costmodel.py --data DIR --retrain       rows held back from networks of this run
+
+DIR holds tables with the columns of the training data (`gemm.csv.gz`, ..., `collectives.csv.gz`). A
+column `split` groups the report; rows whose split begins with `fewshot_` are offered to the calibrator
+only.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import costmodel_collectives
+import costmodel_kernels
+from rows import arguments, finish, show
+
+
+def main() -> int:
+    """Print the table; exit status 1 where a target is missed."""
+    parser = arguments(__doc__, "kernels only")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--retrain", action="store_true", help="train small networks without the judged rows"
+    )
+    parser.add_argument("--steps", type=int, default=1500, help="of each network of --retrain")
+    parser.add_argument("--tables", default="gemm,attention,moe,eltwise,conv", help="of --retrain")
+    options = parser.parse_args()
+    if options.retrain:
+        from costmodel_retrain import retrained  # needs torch for minutes
+
+        rows = retrained(options.data, options.tables.split(","), options.steps)
+    else:
+        rows = costmodel_kernels.rows(options.data)
+        if not options.quick:
+            rows += costmodel_collectives.rows(options.data)
+    show(rows)
+    return finish(rows, options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
