@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from ..ir.errors import CompileError
+from .calls import refuse_empty
 from .driver import Program, Progress, plan_program
 from .load_target import Target, is_train_step
 from .logs import configure
 from .options import OPTIONS, Options, expect
 from .plan import Plan
 from .structure import flatten
-from .trace import trace_forward
+from .trace import input_names, trace_forward
 from .tracebacks import shows_users_frames
 from .train_step import TracedStep, trace_module_train, trace_train_step
 
@@ -85,6 +86,8 @@ def plan_target(
 def trace_target(target: Target, train: str, hyper: Mapping[str, Any]) -> Program:
     """Trace a module, a function or a train step; `train` names an optimizer, or is empty."""
     program, args, kwargs = target.program, target.args, target.kwargs
+    tensors = flatten((args, kwargs))[0]
+    refuse_empty(input_names(program, args, kwargs), [tuple(t.shape) for t in tensors])
     if is_train_step(program, args):
         model, optimizer, *batch = args
         if train and type(optimizer).__name__.lower() != train.lower():

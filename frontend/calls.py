@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ir.errors import CompileError, Span
 from .capture import VaryingDims
 from .driver import Program
 from .structure import Structure, flatten
@@ -136,6 +137,18 @@ class Changes:
             f"{marks} before the call, or weft.compile(..., dynamic_shapes={spec}), "
             "traces and searches once for all sizes"
         )
+
+
+def refuse_empty(names: Sequence[str], shapes: Sequence[Shape], span: Span | None = None) -> None:
+    """Raise CompileError W0302 for an input without elements, such as a batch of size zero."""
+    for name, shape in zip(names, shapes, strict=True):
+        if 0 in shape:
+            raise CompileError(
+                "W0302", f"input {name} has no elements: its shape is {list(shape)}", span=span,
+                reason=f"{name}.shape[{shape.index(0)}] is 0; there is nothing to compute on, and "
+                "a mean over nothing is NaN, which a train step would write into the weights",
+                hint="skip empty batches (drop_last=True in a DataLoader), or pad them",
+            )  # fmt: skip
 
 
 class _Text(str):

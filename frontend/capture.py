@@ -200,7 +200,8 @@ def _is_torch_bug(error: Exception) -> bool:
     return any(cls.__module__.startswith(inside) for cls in type(error).__mro__)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of a message; the name of the error where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -211,7 +212,7 @@ def _data_dependent(error: Exception) -> CompileError:
         "the program's control flow depends on the values of a tensor",
         span=user_span(error.__traceback__),
         reason="weft plans one program for all batches, before it sees the data "
-               f"({_first_line(error)})",
+               f"({first_line(error)})",
         hint="use torch.where, a mask, or torch.cond in place of `if`, `.item()` and `while` "
              "on tensor values",
     )  # fmt: skip
@@ -220,7 +221,7 @@ def _data_dependent(error: Exception) -> CompileError:
 def _untraceable(error: Exception) -> CompileError:
     return CompileError(
         "W0302", "the program cannot be traced", span=user_span(error.__traceback__),
-        reason=f"{type(error).__name__}: {_first_line(error)}",
+        reason=f"{type(error).__name__}: {first_line(error)}",
         hint="move what torch.export does not support out of the compiled function",
     )  # fmt: skip
 

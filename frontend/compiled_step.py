@@ -115,7 +115,11 @@ class TrainStep(StepState):
         if self._current is None:
             entry.running.load_state(entry.plan.weights)
         elif not entry.running.share_state(self._current.running):
-            entry.running.load_state(self._current.running.state_dict(), strict=False)
+            last = self._current.running
+            state = {**entry.plan.weights, **last.state_dict()}
+            entry.running.load_state(state, strict=False)
+            if last.state_types.keys() <= entry.running.state_types.keys():
+                last.drop_state()  # held once; a plan that takes over again gets all of it
         self._current = entry
         if first:
             self._ready()

@@ -40,6 +40,10 @@ class Bounds:
     name: str = ""
     value: Callable[[int], int] | None = None
 
+    def hold(self, size: int) -> bool:
+        """Is a size within the bounds?"""
+        return self.low <= size and (self.high is None or size <= self.high)
+
     def __str__(self) -> str:
         return f"at least {self.low}" if self.high is None else f"{self.low} to {self.high}"
 
@@ -68,7 +72,7 @@ class DynamicDims:
         for name, shape, row in zip(self.names, shapes, self.dims, strict=True):
             for dim, bounds in row.items():
                 size, what = shape[dim], f"{name}.shape[{dim}]"
-                if size < bounds.low or (bounds.high is not None and size > bounds.high):
+                if not bounds.hold(size):
                     raise CompileError(
                         "W0306", f"{what} is {size}, out of its bounds",
                         reason=f"it is dynamic with sizes {bounds}",
@@ -114,9 +118,13 @@ class Declared:
 
     Args:
         shapes: `dynamic_shapes` of `weft.compile`.
+
+    Attributes:
+        version: how often a mark was new.
     """
 
     shapes: Any = None
+    version: int = field(default=0, init=False)
     _marked: dict[str, dict[int, Bounds]] = field(default_factory=dict)
 
     def of(
@@ -130,8 +138,11 @@ class Declared:
         dims: list[dict[int, Bounds]] = []
         fixed: list[frozenset[int] | None] = []
         for name, tensor in zip(names, tensors, strict=True):
-            marks = self._marked.setdefault(name, {})
-            marks.update(_marks(tensor))
+            known = self._marked.get(name, {})
+            marks = {**known, **marks_of(tensor)}
+            if marks != known:
+                self._marked[name] = marks
+                self.version += 1
             static = frozenset(getattr(tensor, _FIXED, ()))
             row = {**marks, **said.get(name, {})}
             row = {d: b for d, b in row.items() if d not in static and 0 <= d < tensor.ndim}
@@ -166,7 +177,7 @@ class Declared:
         return found
 
 
-def _marks(tensor: Tensor) -> dict[int, Bounds]:
+def marks_of(tensor: Tensor) -> dict[int, Bounds]:
     """What `mark_dynamic` and `maybe_mark_dynamic` left on a tensor."""
     found = {
         dim % tensor.ndim if tensor.ndim else dim: Bounds()

@@ -20,6 +20,7 @@ from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from .capture import AtenProgram
+from .dynamic_dims import Bounds
 from .locate import is_internal
 from .structure import Structure
 
@@ -44,12 +45,11 @@ class Condition:
 
 @dataclass(frozen=True)
 class Symbol:
-    """A size that may vary: dim `dim` of input `tensor`, from `low` to `high` (None: any size)."""
+    """A size that may vary, within bounds: dim `dim` of input `tensor`."""
 
     tensor: int
     dim: int
-    low: int
-    high: int | None
+    bounds: Bounds
 
 
 class SymbolicProgram:
@@ -77,7 +77,7 @@ class SymbolicProgram:
             tensor, dim = _place_of(sources[0])
             allowed = env.var_to_range[symbol]
             high = int(allowed.upper) if allowed.upper.is_Integer else None
-            self.symbols[symbol] = Symbol(tensor, dim, int(allowed.lower), high)
+            self.symbols[symbol] = Symbol(tensor, dim, Bounds(int(allowed.lower), high))
         self.conditions = [Condition(g.expr, _place(g.sloc.framework_loc)) for g in env.guards]
 
     def varies(self, tensor: int, dim: int) -> bool:
@@ -100,9 +100,8 @@ class SymbolicProgram:
                 where = f" ({condition.place})" if condition.place else ""
                 return f"the program was traced for {self.text(condition.expression)}{where}"
         for symbol, at in self.symbols.items():
-            if symbol not in self._replaced and not at.low <= sizes[symbol] <= (at.high or sizes[symbol]):
-                bounds = f"at least {at.low}" if at.high is None else f"{at.low} to {at.high}"
-                return f"{self.text(symbol)} is {sizes[symbol]}, the traced program is for {bounds}"
+            if symbol not in self._replaced and not at.bounds.hold(sizes[symbol]):
+                return f"{self.text(symbol)} is {sizes[symbol]}, the traced program is for {at.bounds}"
         for tensor, (shape, wanted) in enumerate(zip(shapes, self.shapes, strict=True)):
             for dim, (size, expression) in enumerate(zip(shape, wanted, strict=True)):
                 if size != _value(expression, sizes):

@@ -27,7 +27,7 @@ from .driver import Program, Progress, plan_program
 from .options import Options
 from .plan import Plan
 from .structure import Structure
-from .tracings import Tracing, Tracings
+from .tracings import Checked, Tracing, Tracings
 from .world import join_world, world_cluster
 
 #: plans of one program that are kept; the one that was used least recently goes
@@ -46,6 +46,7 @@ class Entry:
         updated: buffers that a step replaces, in the order of the results.
         tangents: numbers of the outputs whose gradients a joint plan takes.
         grads: names of the gradients that it gives.
+        checked: what the sizes of its last call were checked against.
     """
 
     running: Running
@@ -55,6 +56,7 @@ class Entry:
     updated: tuple[str, ...] = ()
     tangents: tuple[int, ...] = ()
     grads: tuple[str, ...] = ()
+    checked: Checked | None = None
 
 
 class Compiler:
@@ -75,13 +77,16 @@ class Compiler:
     def find(self, call: Call) -> Entry:
         """The plan for a call, made where there is none.
 
-        Raises CompileError, among others W0306 for a size out of its bounds.
+        Raises CompileError, among others W0306 for a size out of its bounds, and W0302 for an
+        input without elements.
         """
         found = self.entries.get(call.key)
+        checked = self.tracings.check(call, found.checked if found else None)
         if found is None:
             found = self.entries[call.key] = self._make(call, self.tracings.find(call))
             if len(self.entries) > KEPT_PLANS:
                 self.entries.popitem(last=False)
+        found.checked = checked
         self.entries.move_to_end(call.key)
         self.tracings.seen(call.key)
         return found

@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from ..ir.errors import Span
 from ..ir.module import Location
+from ..ir.verify import user_span as line_span
 
 _OWN = f"{Path(__file__).parent}/"
 #: frames below these folders are not the user's: torch, and the frontend itself
@@ -79,6 +80,14 @@ def user_span(tb: TracebackType | None) -> Span | None:
             same_line = frame.end_lineno in (None, frame.lineno)
             end = frame.end_colno if same_line and frame.end_colno else len(text)
             return Span(frame.filename, frame.lineno or 0, column, text, max(1, end - column + 1))
+    return None
+
+
+def caller_span() -> Span | None:
+    """The user's line that calls what runs now; None where nobody does."""
+    for frame in reversed(traceback.extract_stack()):
+        if not is_internal(frame.filename):
+            return line_span(frame.filename, frame.lineno or 0)
     return None
 
 

@@ -12,11 +12,12 @@ from typing import Any
 
 from ..ir.errors import CompileError
 from ..ir.module import Module
-from .calls import Call, Changes, Key
-from .capture import VaryingDims
+from .calls import Call, Changes, Key, refuse_empty
+from .capture import first_line
 from .driver import Program
-from .dynamic_dims import Declared, DynamicDims
+from .dynamic_dims import Bounds, Declared, DynamicDims, marks_of
 from .dynamic_graph import SymbolicProgram
+from .locate import caller_span
 from .structure import Structure
 from .trace import Captured
 
@@ -28,6 +29,8 @@ MANY_TRACES = 8
 #: what tracing with symbols may raise where tracing without them would not: the program's own code
 #: is given symbols for numbers
 _SYMBOL_ERRORS = (CompileError, TypeError, ValueError, RuntimeError)
+#: what sizes were checked against: the version of what was declared, and the marks of the tensors
+Checked = tuple[int, tuple[dict[int, Bounds], ...]]
 
 
 @dataclass
@@ -74,11 +77,10 @@ class Tracings:
     def find(self, call: Call) -> Tracing:
         """A trace that serves a call, made where there is none.
 
-        Raises CompileError W0306 for a size out of its bounds, and what tracing raises.
+        Raises what tracing raises.
         """
         names, key = call.name_inputs(), call.key
         dims = self.declared.of(call.program, names, call.tensors)
-        dims.check(key.shapes)
         misfits: list[str] = []
         for tracing in self._symbolic.get(key.without_sizes, ()):
             assert tracing.symbolic is not None
@@ -92,6 +94,18 @@ class Tracings:
         self.count += 1
         self._last = key
         return tracing
+
+    def check(self, call: Call, before: Checked | None = None) -> Checked:
+        """Check the sizes of a call, unless nothing was marked since the check `before` of its key.
+
+        Raises CompileError W0302 for an input without elements, W0306 for a size out of its bounds.
+        """
+        marks = tuple(marks_of(tensor) for tensor in call.tensors)
+        if before != (self.declared.version, marks):
+            names = call.name_inputs()
+            refuse_empty(names, call.key.shapes, caller_span())
+            self.declared.of(call.program, names, call.tensors).check(call.key.shapes)
+        return self.declared.version, marks
 
     @property
     def families(self) -> list[Tracing]:
@@ -110,7 +124,7 @@ class Tracings:
                 symbolic = SymbolicProgram(captured.program, dims.names)
             except _SYMBOL_ERRORS as error:
                 log.warning("%s cannot be traced with dynamic dims, each size is traced: %s",
-                            call.title, _first_line(error))  # fmt: skip
+                            call.title, f"{type(error).__name__}: {first_line(error)}")  # fmt: skip
             else:
                 self._tell_fixed(call, dims, symbolic)
                 tracing = Tracing(captured, symbolic if symbolic.symbols else None)
@@ -152,9 +166,4 @@ class Tracings:
                 )  # fmt: skip
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-
-
-__all__ = ["MANY_TRACES", "Tracing", "Tracings", "VaryingDims"]
+__all__ = ["MANY_TRACES", "Checked", "Tracing", "Tracings"]

@@ -125,7 +125,7 @@ class Program:
                 _fits(full[name], value.type, f"state {name!r}")
                 shards[slot] = self._own(full[name], value)
             elif self._role(value) == "state":
-                shards[slot] = torch.zeros_like(self.executor.state[slot])
+                shards[slot] = torch.zeros_like(self.executor.state[slot], device=self.executor.device)
         for slot, shard in shards.items():
             self.executor.state[slot] = shard
 
@@ -139,6 +139,11 @@ class Program:
             return False
         self.executor.state = other.executor.state
         return True
+
+    def drop_state(self) -> None:
+        """Free the memory of the state, also for programs that share it. Each of them needs all of
+        its state loaded, or another's shared, before its next step."""
+        self.executor.state[:] = [t.to("meta") for t in self.executor.state]
 
     def init_state(self, fn: Callable[[str, TensorType], Tensor]) -> None:
         """Set each parameter and buffer to this rank's part of `fn(name, type)`, one at a time.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,14 +170,49 @@ def test_a_wrong_dtype_at_a_saved_plan_is_refused(tmp_path: Path) -> None:
     assert error.value.code == "W0804" and has_a_way_out(error.value)
 
 
-def test_a_batch_of_size_zero_is_refused_or_equals_eager() -> None:
-    module = nn.Linear(4, 3)
-    compiled = weft.compile(module, progress=False)
-    with torch.no_grad():
-        try:
-            assert compiled(torch.empty(0, 4)).shape == (0, 3)
-        except CompileError as error:
-            assert has_a_way_out(error)
+def faces(marked: bool) -> dict[str, Any]:
+    """A module, a function and a train step that take rows of 4 numbers."""
+    shapes = {"x": {0: torch.export.Dim("rows")}} if marked else None
+
+    def scaled(x: Tensor) -> Tensor:
+        return x * 2
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> Tensor:
+        loss: Tensor = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    class Scale(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    module, function, step = (
+        weft.compile(t, dynamic_shapes=shapes, progress=False) for t in (Scale(4, 3), scaled, train)
+    )
+    return {"module": module, "function": function, "step": partial(step, model, optimizer)}
+
+
+@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize("face", ["module", "function", "step"])
+def test_a_batch_of_size_zero_is_refused_at_the_call(face: str, marked: bool) -> None:
+    compiled = faces(marked)[face]
+    for rows in (2, 2):  # the first call, and one behind a plan
+        with pytest.raises(CompileError, match=r"input x has no elements: .* \[0, 4\]") as error:
+            compiled(torch.empty(0, 4))
+        assert error.value.code == "W0302" and has_a_way_out(error.value)
+        span = error.value.span
+        assert span is not None and span.file == __file__ and span.text.strip() == "compiled(torch.empty(0, 4))"
+        compiled(torch.ones(rows, 4))
+
+
+def test_a_sequence_of_length_zero_is_refused_ahead_of_time_too() -> None:
+    with pytest.raises(CompileError, match="input batch.ids has no elements") as error:
+        weft.plan(lambda batch: batch["ids"] * 2, ({"ids": torch.ones(3, 0)},))
+    assert error.value.code == "W0302" and "batch.ids.shape[1] is 0" in error.value.reason
 
 
 def test_a_hook_that_reads_values_is_refused_at_its_line() -> None:

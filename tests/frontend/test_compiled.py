@@ -87,6 +87,27 @@ def test_the_state_of_a_used_optimizer_is_taken_over() -> None:
     assert close(weft.compile(step)(ours, mine, x, y), step(theirs, other, x, y), 1e-3)
 
 
+def test_a_plan_that_gives_its_state_to_another_does_not_keep_a_copy() -> None:
+    ours, theirs = net(), net()
+    mine, other = (OPTIMIZERS["sgd"](m.parameters()) for m in (ours, theirs))
+    compiled, data = weft.compile(step), batch()
+
+    def steps(learns: bool) -> None:
+        for model in (ours, theirs):
+            model.second.requires_grad_(learns)
+        for _ in range(2):
+            assert close(compiled(ours, mine, *data), step(theirs, other, *data))
+
+    steps(False)
+    frozen = compiled.step._entry("plan").running
+    steps(True)  # has the states of the frozen layer besides
+    assert all(tensor.is_meta for tensor in frozen.executor.state)
+    steps(False)
+    assert not any(tensor.is_meta for tensor in frozen.executor.state)
+    for p, q in zip(ours.parameters(), theirs.parameters()):
+        assert close(p, q, 1e-4)
+
+
 def test_another_shape_plans_again_and_the_log_says_which(caplog: pytest.LogCaptureFixture) -> None:
     ours, theirs = net(), net()
     mine, other = OPTIMIZERS["sgd"](ours.parameters()), OPTIMIZERS["sgd"](theirs.parameters())

@@ -165,6 +165,21 @@ def test_bounds_of_marks_hold() -> None:
     assert traces(compiled) == 3  # 4 and 16 came before the mark
 
 
+def test_bounds_of_marks_hold_for_sizes_that_have_a_plan() -> None:
+    compiled = weft.compile(double)
+    for high, refused in ((None, False), (6, True), (9, False)):
+        compiled(*args(3)), compiled(*args(3))
+        x, y = args(5)
+        torch._dynamo.mark_dynamic(x, 0, max=high)
+        compiled(x, y)
+        for _ in range(2):
+            if refused:
+                with pytest.raises(CompileError, match=r"x.shape\[0\] is 8, out of its bounds"):
+                    compiled(*args(8))
+            else:
+                compiled(*args(8))
+
+
 def test_bounds_and_names_of_dims_hold() -> None:
     rows = Dim("rows", min=2, max=8)
     compiled = weft.compile(double, dynamic_shapes={"x": (2 * rows, None), "y": {0: rows}})
