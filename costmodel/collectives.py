@@ -48,8 +48,8 @@ _ASKED: Mapping[str, tuple[str, Callable[[int, float], float]]] = {
     "all_gather": ("all_gather", lambda p, b: b * p),
     "all_to_all": ("alltoall", lambda p, b: b),
     "lse_combine": ("all_gather", lambda p, b: b * p),
-    # a ring that passes the buffer on sends as much as one that gathers it
-    "broadcast": ("all_gather", lambda p, b: b * p / max(p - 1, 1)),
+    # a ring passes the buffer on, as two ranks that gather twice as much do
+    "broadcast": ("all_gather", lambda p, b: 2 * b),
     "permute_ranks": ("send_recv", lambda p, b: b),
     "send": ("send_recv", lambda p, b: b),
     "recv": ("send_recv", lambda p, b: b),

@@ -38,7 +38,7 @@ NAMES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast"
 H100 = Query("all_reduce", 2**20, 8, 8, "H100-SXM5-80GB", "nvlink4")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     kind=st.sampled_from(tuple(DEVICES)), name=st.sampled_from(NAMES),
     size=st.floats(0, 1e11), ranks=st.integers(1, 256), per_host=st.sampled_from((1, 4, 8)),
@@ -66,7 +66,7 @@ queries = st.builds(
 )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(query=queries)
 def test_estimates_have_intervals_around_them_and_grow_with_bytes(query: Query) -> None:
     low, high = collective_model().estimate(query), collective_model().estimate(
