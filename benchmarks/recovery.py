@@ -37,6 +37,8 @@ from weft.frontend.options import OPTIONS
 STEPS = 60
 #: a quiet restart takes about 10 s: torch is imported, survivors look for the culprit for 3 s
 LIMIT_S = 180.0
+#: what `--only` takes
+PARTS = ("same", "same-async", "replanned", "failures")
 #: passes behind the placement
 AFTER = "lower,fuse,schedule"
 
@@ -220,13 +222,15 @@ def campaigns(folder: Path, quick: bool) -> list[Campaign]:
     ]
 
 
-def recovery(quick: bool, seed: int) -> list[Row]:
+def recovery(quick: bool, seed: int, only: str | None = None) -> list[Row]:
     """The rows of part one."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     rows: list[Row] = []
     kills = equal = saving = 0
     with tempfile.TemporaryDirectory() as name:
         for number, campaign in enumerate(campaigns(Path(name), quick)):
+            if only not in (None, campaign.name):
+                continue
             seconds, _ = timed(partial(run_campaign, campaign, Path(name), seed + number))
             for text in campaign.wrong:
                 print(f"{campaign.name}: {text}", file=sys.stderr)
@@ -245,9 +249,14 @@ def main() -> None:
     """Print and write the rows."""
     parser = arguments(__doc__, "3 kills, one failure of each kind")
     parser.add_argument("--seed", type=int, default=0, help="of ranks, steps and actions")
+    parser.add_argument("--only", choices=PARTS, help="only this part")
     given = parser.parse_args()
     print(f"seed {given.seed}")
-    rows = recovery(given.quick, given.seed) + failures(given.quick, given.seed)
+    rows = []
+    if given.only != "failures":
+        rows += recovery(given.quick, given.seed, given.only)
+    if given.only in (None, "failures"):
+        rows += failures(given.quick, given.seed)
     show(rows)
     raise SystemExit(finish(rows, given.json))
 

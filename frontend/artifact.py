@@ -6,12 +6,14 @@ that an interrupted compile leaves either the old artifact or none.
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,21 +52,43 @@ def _unwritable(target: Path, why: object) -> CompileError:
     )  # fmt: skip
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other jobs from moving artifacts into a folder meanwhile; leaves no file behind."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _plan_of(target: Path) -> bytes | None:
+    """The manifest of an artifact, by which another one is told from it."""
+    try:
+        return (target / PLAN).read_bytes()
+    except FileNotFoundError:
+        return None
+
+
 class ArtifactWriter:
     """Collects files in a temporary folder; `commit` moves them to the target at once.
 
-    Use as a context manager: leaving it without `commit` removes what was written.
+    Use as a context manager: leaving it without `commit` removes what was written. Raises
+    CompileError W1001 where it cannot be written, or another job wrote another artifact meanwhile.
     """
 
     def __init__(self, target: str | Path) -> None:
         self.target = Path(target)
-        check_target(self.target)
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)
-            prefix = f".{self.target.name}."
-            self.folder = Path(tempfile.mkdtemp(prefix=prefix, dir=self.target.parent))
-        except OSError as error:
-            raise _unwritable(self.target, error) from error
+            with _alone(self.target.parent):
+                check_target(self.target)
+                self._found = _plan_of(self.target)
+                prefix = f".{self.target.name}."
+                self.folder = Path(tempfile.mkdtemp(prefix=prefix, dir=self.target.parent))
+        except (OSError, ValueError) as error:
+            raise _unwritable(Path(str(self.target)[:80]), error) from None
 
     def __enter__(self) -> ArtifactWriter:
         return self
@@ -104,10 +128,28 @@ class ArtifactWriter:
         full["plan_hash"] = plan_hash(json.loads(json.dumps(full)))
         self.text(PLAN, json.dumps(full, indent=1) + "\n")
         os.chmod(self.folder, 0o755)  # mkdtemp makes it private
-        if self.target.exists():
-            old = self.folder.with_name(self.folder.name + ".old")
-            self.target.rename(old)
+        with _alone(self.target.parent):
+            there = _plan_of(self.target)
+            if there in (self._found, None):
+                check_target(self.target)
+                self._swap()
+            elif full["content_hash"].encode() not in there:
+                raise CompileError(
+                    "W1001", f"another job wrote to {self.target} while this one compiled",
+                    reason="its artifact is another one, and is kept",
+                    hint="give each job an -o of its own, or compile again",
+                )  # fmt: skip
+
+    def _swap(self) -> None:
+        """Put the folder in the place of the target."""
+        if not self.target.exists():
             self.folder.rename(self.target)
-            shutil.rmtree(old)
-        else:
+            return
+        old = self.folder.with_name(self.folder.name + ".old")
+        self.target.rename(old)
+        try:
             self.folder.rename(self.target)
+        except OSError:
+            old.rename(self.target)
+            raise
+        shutil.rmtree(old)

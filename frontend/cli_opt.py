@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,7 +11,7 @@ from rich.table import Table
 from ..ir.errors import RunError
 from ..ir.parser import parse_module
 from ..ir.text import print_module
-from ..passes.manager import PassManager
+from ..passes.manager import PassManager, write_whole
 from ..passes.pipeline import parse_pipeline
 from .cli_common import console, diagnosed
 from .pass_table import ALL_PASSES
@@ -63,9 +62,13 @@ def opt(
     if output is None:
         click.echo(result, nl=False)
         return
-    temporary = output.with_name(output.name + ".tmp")
-    temporary.write_text(result, encoding="utf-8")
-    os.replace(temporary, output)
+    try:
+        write_whole(output, result)
+    except (OSError, ValueError) as error:
+        raise RunError(
+            "W1001", f"{output} cannot be written", reason=str(error),
+            hint="make room, or choose another -o",
+        ) from None  # fmt: skip
 
 
 def _list_passes(context: click.Context) -> NoReturn:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -32,6 +33,8 @@ class Curve:
             os.replace(temporary, path)
             self._stream = path.open("a", encoding="utf-8")
         except OSError as error:
+            with suppress(OSError):
+                temporary.unlink()
             raise self._unwritable(error) from None
 
     def add(self, step: int, results: Sequence[Tensor]) -> None:

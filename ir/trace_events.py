@@ -11,6 +11,7 @@ import gzip
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,13 @@ def write_events(path: str | Path, events: list[Event]) -> Path:
     path = Path(path)
     data = trace_text(events).encode()
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
     return path
 
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -128,10 +129,10 @@ def save_pretrained(program: Program, path: str | Path, *, file_bytes: int = FIL
     shards = program.state_dict(full=False, copy=False)
     error = ""
     temporary = folder / ".writing-pretrained"
+    lock = -1
     if first:
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+            lock = _begin(temporary)
         except OSError as found:
             error = str(found)
     for file, names in files.items():
@@ -145,14 +146,35 @@ def save_pretrained(program: Program, path: str | Path, *, file_bytes: int = FIL
             _publish(temporary, folder, files, types)
         except OSError as found:
             error = str(found)
-    if first:
+    if lock >= 0:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
     told = [error]
     if program.comm.distributed and dist.get_world_size() > 1:
         dist.broadcast_object_list(told, 0)
     if told[0]:
         raise RunError("W1105", f"the model could not be written to {folder}", reason=told[0],
                        hint="make room or choose another folder")  # fmt: skip
+
+
+def _begin(temporary: Path) -> int:
+    """Make the folder to write into; other jobs are kept out until the handle is closed.
+
+    Raises OSError.
+    """
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(temporary.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+    except BlockingIOError:
+        os.close(lock)
+        raise OSError("another job writes to the folder") from None
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
 
 
 def _write_file(
@@ -207,17 +229,19 @@ def _split(types: dict[str, TensorType], file_bytes: int) -> dict[str, list[str]
 def _publish(
     temporary: Path, folder: Path, files: dict[str, list[str]], types: dict[str, TensorType]
 ) -> None:
-    """Move the files into place, the index last."""
+    """Move the files into place, the index last; all are written before the first is moved."""
+    single = list(files) == [SINGLE]
+    if not single:
+        index = {
+            "metadata": {"total_size": sum(type.bytes for type in types.values())},
+            "weight_map": {name: file for file, names in files.items() for name in names},
+        }
+        (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for file in files:
         (temporary / file).replace(folder / file)
-    if list(files) == [SINGLE]:
+    if single:
         (folder / INDEX).unlink(missing_ok=True)
         return
-    index = {
-        "metadata": {"total_size": sum(type.bytes for type in types.values())},
-        "weight_map": {name: file for file, names in files.items() for name in names},
-    }
-    (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     (temporary / INDEX).replace(folder / INDEX)
     (folder / SINGLE).unlink(missing_ok=True)
 

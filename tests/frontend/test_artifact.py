@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,15 @@ INFO: dict[str, Any] = {
 }  # fmt: skip
 
 
-def write(path: Path) -> Path:
-    module = Module("logical", (Function("main", (), (), ()),))
-    with ArtifactWriter(path) as writer:
-        writer.text("ir/00-trace.weft", print_module(module))
-        writer.tensors("weights", {"w": torch.arange(6.0).reshape(2, 3)})
+def fill(writer: ArtifactWriter, first: float) -> None:
+    with writer:
+        writer.text("ir/00-trace.weft", print_module(Module("logical", (Function("main", (), (), ()),))))
+        writer.tensors("weights", {"w": torch.arange(first, first + 6).reshape(2, 3)})
         writer.commit(INFO)
+
+
+def write(path: Path) -> Path:
+    fill(ArtifactWriter(path), 0.0)
     return path
 
 
@@ -129,6 +133,26 @@ def test_an_interrupted_write_leaves_the_old_artifact(tmp_path: Path) -> None:
         writer.text("ir/00-trace.weft", "half")
         raise KeyboardInterrupt
     assert Artifact.open(folder).module().entry.name == "main"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_of_two_jobs_that_write_one_folder_the_later_is_refused(tmp_path: Path, old: bool) -> None:
+    target = tmp_path / "out"
+    if old:
+        fill(ArtifactWriter(target), 5.0)
+    with ArtifactWriter(target) as slow, pytest.raises(CompileError, match="another job") as caught:
+        write(target)
+        fill(slow, 7.0)
+    assert caught.value.code == "W1001" and caught.value.reason and caught.value.hint
+    assert torch.equal(Artifact.open(target).tensors("weights")["w"], torch.arange(6.0).reshape(2, 3))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_jobs_that_write_the_same_to_one_folder_at_once_leave_it_whole(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, [tmp_path / "out"] * 40))
+    assert Artifact.open(tmp_path / "out").module().entry.name == "main"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pickle
 import resource
@@ -437,4 +438,21 @@ def test_a_full_disk_leaves_the_model_files_that_were_there(tmp_path: Path) -> N
         save_pretrained(program(1), tmp_path)
     assert caught.value.code == "W1105"
     assert (tmp_path / "model.safetensors").read_bytes() == good
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_two_jobs_cannot_write_model_files_to_one_folder(tmp_path: Path) -> None:
+    first = program()
+    save_pretrained(first, tmp_path)
+    good = (tmp_path / "model.safetensors").read_bytes()
+    other = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    (tmp_path / ".writing-pretrained").mkdir()  # what the other job is about to publish
+    with pytest.raises(RunError, match="another job writes to the folder") as caught:
+        save_pretrained(program(1), tmp_path)
+    assert caught.value.code == "W1105" and caught.value.hint
+    assert (tmp_path / "model.safetensors").read_bytes() == good
+    assert (tmp_path / ".writing-pretrained").is_dir()
+    os.close(other)
+    save_pretrained(program(1), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
