@@ -210,6 +210,26 @@ def fit_intervals(
     return Intervals(hardness, cases, seen, devices)
 
 
+def tightened(table: Table, family: Family) -> Family:
+    """Intervals of known contexts, as much narrower as the ensemble is better than the one short
+    network whose held-out residuals set them.
+
+    Networks err nearly as much on rows of training as on unseen configurations (attention: 11.2 and
+    11.7 %), so intervals that hold IN_TRAINING of the former hold 90 % of the latter.
+    """
+    shift = np.log2(table.time_us) - family.log2_us(table.batch)
+    below, above = family.intervals.offsets(table.batch, family.members[0])
+    reach = np.where(shift < 0, -shift / np.maximum(below, 1e-6), shift / np.maximum(above, 1e-6))
+    factor = min(float(np.quantile(reach, IN_TRAINING)), 1.0)
+    cases = {
+        case: (low, high) if case in (LARGE, SIBLING, FAR) else (factor * low, factor * high)
+        for case, (low, high) in family.intervals.cases.items()
+    }
+    return Family(family.members, replace(family.intervals, cases=cases))
+
+
+#: share of the rows of training inside their intervals
+IN_TRAINING = 0.912
 #: rows below which a context takes the quantiles of its family
 LEAST_ROWS = 60
 
@@ -310,7 +330,7 @@ def main() -> None:
             known = read_model(args.out) if args.out.exists() else Model({}, {})
             families = {
                 **known.families,
-                FILES[name]: Family(nets, fit_intervals(table, held, nets[0])),
+                FILES[name]: tightened(table, Family(nets, fit_intervals(table, held, nets[0]))),
             }
             args.out.parent.mkdir(exist_ok=True)
             write_model(args.out, families, {"data_sha256": digest(args.data), "steps": args.steps})
