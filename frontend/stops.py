@@ -7,6 +7,7 @@ is written through stays a view: the markers stand at its other uses.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -134,6 +135,8 @@ def _write_out(module: GraphModule, region: Node, body: GraphModule) -> None:
     _write_out_regions(body)
     env: dict[Node, Any] = {}
     given = iter(region.args[2:])
+    # what gradients could flow through: values from outside and views of them
+    outside = {node for node in region.all_input_nodes if isinstance(node.meta.get("val"), Tensor)}
     for node in body.graph.nodes:
         if node.op == "placeholder":
             env[node] = next(given)
@@ -142,6 +145,26 @@ def _write_out(module: GraphModule, region: Node, body: GraphModule) -> None:
         else:
             with module.graph.inserting_before(region):
                 env[node] = _copied(module, body, node, env)
+                _stop_reads(env[node], outside)
+
+
+def _stop_reads(node: Node, outside: set[Node]) -> None:
+    """Let an op of a no_grad region read detached values; views are left, as they may be written.
+
+    Markers of weft have no gradient, and read the parameters themselves.
+    """
+    if str(node.target).startswith("weft."):
+        return
+    for value in [value for value in node.all_input_nodes if value in outside]:
+        if node.target is operator.getitem or any(
+            a.alias_info is not None for a in _arguments(node, value)
+        ):
+            outside.add(node)
+        elif next(_arguments(node, value), None) is not None:
+            with node.graph.inserting_before(node):
+                stopped = node.graph.call_function(_STOP, (value,))
+            stopped.meta = dict(value.meta)
+            node.replace_input_with(value, stopped)
 
 
 def _copied(module: GraphModule, body: GraphModule, node: Node, env: dict[Node, Any]) -> Node:

@@ -40,9 +40,11 @@ def layout(function: Function) -> tuple[list[Op], list[Op]]:
         op = ops[index]
         if op.name in CONSTANTS or op.name == "fold_seed":
             anchor[index] = -1
-        elif not fixed[index] and not any(value.name in returned for value in op.results):
+        elif not fixed[index]:
             readers = {user for value in op.results for user in users.get(value.name, ())}
-            if readers:
+            if any(anchor[user] < 0 for user in readers):
+                anchor[index] = -1  # what the front reads is in front
+            elif readers and not any(value.name in returned for value in op.results):
                 anchor[index] = anchor[readers.pop()] if len(readers) == 1 else -1
     order = sorted(range(len(ops)), key=lambda index: (anchor[index], index))
     front = [ops[index] for index in order if anchor[index] < 0]

@@ -77,9 +77,12 @@ def scaled(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Ten
     return loss
 
 
-def check(step: Step, make: Callable[[Any], torch.optim.Optimizer], steps: int = 3) -> Stepper:
+def check(
+    step: Step, make: Callable[[Any], torch.optim.Optimizer], steps: int = 3,
+    net: type[Net] = Net,
+) -> Stepper:  # fmt: skip
     torch.manual_seed(0)
-    model = Net()
+    model = net()
     reference = copy.deepcopy(model)
     stepper = Stepper(trace_train_step(step, model, make(model.parameters()), batch()))
     optimizer = make(reference.parameters())
@@ -170,6 +173,27 @@ def test_no_gradient_flows_through_detach_and_no_grad() -> None:
         return loss
 
     check(step, lambda p: torch.optim.SGD(p, lr=0.1))
+
+
+def test_no_gradient_flows_out_of_a_no_grad_region_that_changes_buffers() -> None:
+    class Normed(Net):
+        """Counts its calls; one power iteration, as spectral norm has it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
+            self.register_buffer("u", torch.ones(6, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.first.weight
+            with torch.no_grad():
+                self.calls += 1
+                scale = weight.T[0].square().sum()
+                torch.div(weight @ weight.sum(0), weight.norm(), out=self.u)
+            u = self.u.clone()
+            return self.second(torch.tanh(self.first(x)) * (scale + u @ weight.sum(1)))
+
+    check(plain, lambda p: torch.optim.SGD(p, lr=0.1), net=Normed)
 
 
 # -- what cannot be traced ------------------------------------------------------------------------

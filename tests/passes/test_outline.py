@@ -144,6 +144,20 @@ def test_a_layer_with_an_op_in_between_is_still_a_copy() -> None:
     assert sum(counts(after).values()) == 3
 
 
+def test_a_new_weight_that_blocks_share_is_computed_ahead() -> None:
+    """Its buffer is also a result of the entry, as in spectral norm."""
+    n = Net()
+    x = n.b.param(n.type(2, 3, 4), "x", role="input")
+    w, v = n.weight("w", 4, 4), n.weight("v", 4, role="buffer")
+    new = n.op("einsum", w, v, spec="m k, k -> m")
+    n.updates.append((new, v.name))
+    wide = n.op("einsum", w, new, spec="m k, k -> m")
+    for layer in range(3):
+        x = n.op("add", x, n.op("mul", n.op("tanh", n.op("exp", n.linear(x, f"fc{layer}", 4))), wide))
+    after = check(n.module(x))
+    assert sum(counts(after).values()) == 3
+
+
 def test_seeds_are_folded_ahead_and_passed() -> None:
     """Each dropout has a seed of its own, from a chain that runs through all layers."""
     n = Net()
