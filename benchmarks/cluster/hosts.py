@@ -5,7 +5,8 @@
 
 Needs root, `ip` and `tc` (iproute2), gcc and /dev/net/tun. `missing()` says what is not there;
 without them `Hosts` starts plain local processes, which share one network without delay.
-Everything is taken down again on the way out, whatever happened.
+Everything is taken down again on the way out, whatever happened; what a killed process left, by the
+next one.
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ class Hosts:
         self._stack.close()
 
     def _up(self) -> None:
+        _sweep()
         for name in self._names:
             _do("ip", "netns", "add", name)
             self._stack.callback(subprocess.run, ["ip", "netns", "del", name], check=False)
@@ -188,6 +190,15 @@ def _end(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _sweep() -> None:
+    """Remove the hosts of processes that were killed."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
+    for name in (line.split()[0] for line in listed.splitlines() if line.startswith(_PREFIX)):
+        owner = name.removeprefix(_PREFIX).partition("-")[0]
+        if owner.isdecimal() and not Path("/proc", owner).exists():
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
 def _free_port() -> int:
