@@ -8,10 +8,11 @@ rows, by their configuration, to set the intervals, and judges the other half.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from costmodel_data import FILES, Table, read_table
+from costmodel_data import Table, read_table
 from costmodel_kernels import AFTER, CONFIG, MOST_SAMPLES, TARGETS, Judged
 from costmodel_splits import config, device, large
 from rows import Row
@@ -20,7 +21,7 @@ from train_costmodel import Fit, clusters_of, fit_intervals, residuals, train_ta
 from weft.costmodel.kernel_fewshot import adapt
 from weft.costmodel.kernel_interval import CONFIG as CONFIG_CASE
 from weft.costmodel.kernel_interval import FAR, LARGE, SIBLING
-from weft.costmodel.kernel_model import Estimates, Family, Model
+from weft.costmodel.kernel_model import Estimates, Family, Model, shipped
 from weft.costmodel.kernel_net import Net
 
 
@@ -87,16 +88,8 @@ def _judge(table: Table, rows: np.ndarray, found: Estimates) -> Judged:
 
 def _model(table: Table, net: Net, held: dict) -> Model:  # type: ignore[type-arg]
     """A model of one family; cases without held-out rows have the widths of the shipped weights."""
-    from weft.costmodel.kernel_model import shipped
-
     family = table.batch.family
     intervals = fit_intervals(table, held, net)
     known = shipped().families[family].intervals.cases
     cases = {**intervals.cases, **{c: known[c] for c in (LARGE, SIBLING, FAR) if c not in held}}
-    kept = {k: v for k, v in intervals.seen.items()}
-    from dataclasses import replace
-
-    return Model({family: Family((net,), replace(intervals, cases=cases, seen=kept))}, {})
-
-
-__all__ = ["FILES", "retrained"]
+    return Model({family: Family((net,), replace(intervals, cases=cases))}, {})

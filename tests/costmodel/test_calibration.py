@@ -20,6 +20,7 @@ from weft.costmodel.calibration import (
 )
 from weft.costmodel.cluster import parse_cluster
 from weft.costmodel.datasheet import find_datasheet
+from weft.costmodel.estimate import sharing
 from weft.costmodel.kernel_fewshot import adapt
 from weft.costmodel.kernel_model import shipped
 from weft.ir.errors import CompileError
@@ -107,8 +108,6 @@ def test_kernels_to_measure_are_few_distinct_and_the_same_each_time() -> None:
 
 
 def test_ranks_that_share_cores_are_slower(tmp_path: Path) -> None:
-    from weft.costmodel.estimate import sharing
-
     path = tmp_path / "c.toml"
     path.write_text('[[groups]]\ndevice = "cpu"\nhosts = 1\ndevices = 4\n[device]\ncores = 2\n')
     assert sharing(parse_cluster(str(path))) == 2

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import weft.costmodel
 from weft.costmodel.datasheet import datasheets, find_datasheet, read_device_file
 from weft.costmodel.kernel_context import Context
 from weft.costmodel.kernel_estimate import Kernel, estimate, estimate_all
@@ -126,9 +127,7 @@ def test_answers_are_pinned_so_that_every_machine_gives_the_same() -> None:
 
 
 def shipped_file() -> Path:
-    import weft.costmodel as package
-
-    return Path(str(package.__file__)).parent / "weights" / "kernels.safetensors"
+    return Path(str(weft.costmodel.__file__)).parent / "weights" / "kernels.safetensors"
 
 
 def test_weights_are_small() -> None:
