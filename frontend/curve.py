@@ -26,7 +26,7 @@ class Curve:
         self.path = path
         kept = read_curve(path) if start else {}
         lines = [_curve_line(step, values) for step, values in kept.items() if step < start]
-        temporary = path.with_name(path.name + ".tmp")
+        temporary = path.parent / f"{path.name}.tmp"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text("".join(lines), encoding="utf-8")

@@ -72,11 +72,20 @@ def _unsupported(what: str, hint: str) -> CompileError:
 
 
 def make(name: str, parameters: Any, **hyper: Any) -> torch.optim.Optimizer:
-    """A torch optimizer by its name (`sgd`, `adam`, `adamw`). Raises CompileError W0303."""
+    """A torch optimizer by its name (`sgd`, `adam`, `adamw`).
+
+    Raises CompileError W0303, W1001 for what its class does not take.
+    """
     cls = NAMES.get(name.lower())
     if cls is None:
         raise _unsupported(f"optimizer {name!r}", f"use one of {', '.join(sorted(NAMES))}")
-    return cls(parameters, **hyper)
+    try:
+        return cls(parameters, **hyper)
+    except (TypeError, ValueError, RuntimeError) as error:  # as torch's optimizers raise them
+        raise CompileError(
+            "W1001", f"{cls.__name__} cannot be made with {', '.join(hyper) or 'these parameters'}",
+            reason=str(error), hint=f"pass what torch.optim.{cls.__name__} takes",
+        ) from None  # fmt: skip
 
 
 def has_update_op(optimizer: torch.optim.Optimizer) -> bool:

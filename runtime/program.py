@@ -11,12 +11,14 @@ Inputs, loaded state and results are whole tensors, the same on every rank, whic
 from __future__ import annotations
 
 import hashlib
+import reprlib
 import resource
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -364,7 +366,7 @@ def _seed(seed: int, dtype: torch.dtype) -> Tensor:
     """Raises RunError W0804 for what is no 64-bit number."""
     if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
         raise RunError(
-            "W0804", "the seed must be a 64-bit integer", reason=f"got {str(seed)[:80]}",
+            "W0804", "the seed must be a 64-bit integer", reason=f"got {reprlib.repr(seed)[:80]}",
             hint="pass seed=, another number for each step",
         )  # fmt: skip
     return torch.tensor(seed, dtype=dtype)
@@ -377,17 +379,19 @@ def _rates(lr: float | Sequence[float] | None, names: Sequence[str]) -> list[flo
             "W0804", "the plan needs a learning rate",
             reason=f"it has {_some(names)}", hint="pass lr=",
         )  # fmt: skip
-    rates = [float(lr)] * len(names) if isinstance(lr, (int, float)) else list(lr or ())
-    if not all(isinstance(rate, (int, float)) for rate in rates):
+    rates: list[Any] = [lr] * len(names)
+    if not isinstance(lr, (int, float)):
+        rates = list(lr or ()) if isinstance(lr, Iterable) or lr is None else [lr]
+    if not all(isinstance(rate, (int, float)) and abs(rate) <= sys.float_info.max for rate in rates):
         raise RunError(
-            "W0804", "a learning rate must be a number", reason=f"got {str(rates)[:80]}",
+            "W0804", "a learning rate must be a finite number", reason=f"got {reprlib.repr(rates)[:80]}",
             hint="pass lr=0.001, or one for each parameter group",
         )  # fmt: skip
     if len(rates) != len(names):
         raise RunError(
             "W0804", f"the plan has {len(names)} learning rates ({_some(names)}), got {len(rates)}"
         )
-    return rates
+    return [float(rate) for rate in rates]
 
 
 def same_plan(module: Module, comm: Comm) -> None:

@@ -126,9 +126,10 @@ def test_a_file_that_is_no_curve_and_one_that_cannot_be_written_are_diagnosed(tm
         Curve(other, 3)
     assert error.value.code == "W1001" and error.value.hint
     assert other.read_text() == "remember the milk\n"
-    with pytest.raises(RunError, match="cannot be written") as error:
-        Curve(other / "below" / "curve", 0)
-    assert error.value.reason and error.value.hint
+    for path in (other / "below" / "curve", Path("")):
+        with pytest.raises(RunError, match="cannot be written") as error:
+            Curve(path, 0)
+        assert error.value.reason and error.value.hint
 
 
 def test_resume_needs_a_folder_and_starts_in_an_empty_one(tmp_path: Path) -> None:

@@ -118,6 +118,9 @@ def test_a_second_name_of_a_tied_weight_is_accepted(program: Program) -> None:
         ([[1.0]], {"lr": 0.1}, "got list"),
         ([torch.ones(7, 5)], {}, "needs a learning rate"),
         ([torch.ones(7, 5)], {"lr": [0.1, 0.2]}, "1 learning rates .* got 2"),
+        ([torch.ones(7, 5)], {"lr": 10**400}, "must be a finite number"),
+        ([torch.ones(7, 5)], {"lr": float("nan")}, "must be a finite number"),
+        ([torch.ones(7, 5)], {"lr": [object()]}, "must be a finite number"),
     ],
 )
 def test_wrong_inputs_are_named_before_anything_runs(
