@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..costmodel.cluster import Cluster, parse_cluster
+from ..costmodel.cluster_json import cluster_of
 from ..costmodel.simulate import simulate
 from ..ir.errors import RunError, WeftError
-from ..ir.module import Module
+from ..ir.module import Module, Op
 from ..runtime.artifact import Artifact
 from .describe import (
     collectives,
@@ -87,12 +87,8 @@ def _tables(spmd: Module, limit: int) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
 
-def _cluster(artifact: Artifact) -> Cluster:
-    return parse_cluster(str(artifact.info["cluster"]))
-
-
 def _memory(artifact: Artifact, limit: int) -> None:
-    simulation = simulate(artifact.module(), _cluster(artifact))
+    simulation = simulate(artifact.module(), cluster_of(artifact.info))
     table = Table("owner", "", "bytes of a rank", title="memory at the predicted peak")
     rows = memory_by_owner(simulation.at_peak)
     for kind, owner, size in rows[:limit]:
@@ -108,25 +104,30 @@ def _explain(artifact: Artifact, path: str, limit: int) -> None:
     placed = next((m for m in reversed(modules) if m.level == "placed"), None)
     if placed is None:
         return
-    text = explain_path(placed, _spmd(artifact), _cluster(artifact), path, limit)
+    text = explain_path(placed, _spmd(artifact), cluster_of(artifact.info), path, limit)
     console.print(text, markup=False, soft_wrap=True)
 
 
+def _origin(op: Op) -> str:
+    return f"\n      from {op.loc}" if str(op.loc) else ""
+
+
 def _history(artifact: Artifact, path: str, limit: int) -> None:
-    found = False
+    before: list[str] = []
     for dump in artifact.dumps:
         ops = [op for _, op in matching(artifact.module(dump), path)]
         if not ops:
             continue
-        found = True
         console.rule(dump.name)
-        for op in ops[:limit]:
-            console.print(f"  {op_line(op)}", markup=False, soft_wrap=True)
-            if str(op.loc):
-                console.print(f"      from {op.loc}", markup=False, soft_wrap=True)
+        lines = [f"  {op_line(op)}{_origin(op)}" for op in ops]
+        if lines == before:
+            console.print("  as before")
+            continue
+        before = lines
+        console.print("\n".join(lines[:limit]), markup=False, soft_wrap=True)
         if len(ops) > limit:
             console.print(f"  and {len(ops) - limit} more (--limit)")
-    if not found:
+    if not before:
         raise RunError(
             "W1001",
             f"no op of this plan matches {path!r}",

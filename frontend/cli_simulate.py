@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..costmodel.cluster import parse_cluster
+from ..costmodel.cluster_json import cluster_of
 from ..costmodel.simulate import PARTS, Simulation, simulate
 from ..costmodel.simulate_compare import Comparison
 from ..ir.errors import CompileError, RunError, WeftError
@@ -187,7 +188,7 @@ def simulate_command(
     try:
         asked = [parse_what_if(text) for text in what_if]
         artifact = Artifact.open(folder)
-        where = parse_cluster(cluster or str(artifact.info["cluster"]))
+        where = parse_cluster(cluster) if cluster else cluster_of(artifact.info)
         simulation = simulate(artifact.module(), where)
         events = read_trace(traces)
         comparison = simulation.compare(events) if traces else None

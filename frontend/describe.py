@@ -53,7 +53,7 @@ def collectives(module: Module) -> list[CollectiveRow]:
     """Collectives of an spmd or schedule module, heaviest first."""
     mesh = module.mesh or Mesh()
     entry = inline(module).entry
-    carried = _Carried(entry)
+    carried = _Carried(entry, module)
     table: dict[tuple[str, ...], list[tuple[int, str, Location]]] = {}
     for op in entry.ops:
         if OPS[op.name].family != "collective":
@@ -81,7 +81,8 @@ def star(path: str) -> str:
 class _Carried:
     """What the collectives of a flat function carry, in the user's terms."""
 
-    def __init__(self, function: Function) -> None:
+    def __init__(self, function: Function, module: Module) -> None:
+        self.module = module
         self.defs, self.uses = function.defs(), function.uses()
         pairs = zip(function.params, function.param_attrs, strict=True)
         self.params = {value.name: str(a.get("name", value.name)) for value, a in pairs}
@@ -100,7 +101,10 @@ class _Carried:
         name, found = self._source((op.operands or op.results)[0].name)
         if found is None:
             return self.params.get(name, name)
-        return f"result of {found.attrs.get('callee', found.name)}"
+        if found.name == "call":  # a kernel of several ops is known by its last
+            *_, last = self.module.function(str(found.attrs["callee"])).ops
+            return f"result of fused {last.name}"
+        return f"result of {found.name}"
 
     def _updated(self, name: str) -> str:
         """The parameter whose update reads a value, perhaps through views and collectives."""
@@ -199,12 +203,17 @@ def matching(module: Module, path: str) -> Iterator[tuple[Function, Op]]:
             yield function, op
 
 
+def titled(op: Op) -> str:
+    """An op's name, with the equation that names the dims of its split: `einsum[a k, k n -> a n]`."""
+    return f"{op.name}[{op.attrs['spec']}]" if "spec" in op.attrs else op.name
+
+
 def op_line(op: Op) -> str:
     """One op on one line, as people read it."""
     split = ", ".join(f"{axis}={dim}" for axis, dim in op.split.items())
     results = ", ".join(f"%{v.name}: {v.type}" for v in op.results)
     operands = ", ".join(f"%{v.name}" for v in op.operands)
-    name = f"call @{op.attrs['callee']}" if op.name == "call" else op.name
+    name = f"call @{op.attrs['callee']}" if op.name == "call" else titled(op)
     return f"{results} = {name}({operands})" + (f" split [{split}]" if split else "")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import time
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,23 +56,22 @@ class Progress:
     def __init__(self, enabled: bool) -> None:
         self.console = Console(stderr=True)
         self.enabled = enabled and self.console.is_terminal
-        self.started = time.monotonic()
-        self.status: Status | None = None
+        self.status = Status("weft", console=self.console)
+        self.timer = threading.Timer(_PATIENCE_S, self.status.start)
+        self.timer.daemon = True
+        if self.enabled:
+            self.timer.start()
 
     def __call__(self, what: str) -> None:
         """Say what begins now."""
-        if not self.enabled:
-            return
-        if self.status is not None:
-            self.status.update(f"weft: {what}")
-        elif time.monotonic() - self.started > _PATIENCE_S:
-            self.status = self.console.status(f"weft: {what}")
-            self.status.start()
+        self.status.update(f"weft: {what}")
 
     def stop(self) -> None:
-        """Remove the line."""
-        if self.status is not None:
-            self.status.stop()
+        """Remove the line; it does not come any more."""
+        self.timer.cancel()
+        if self.timer.ident is not None:
+            self.timer.join()
+        self.status.stop()
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ..costmodel.cluster import Cluster
 from ..costmodel.simulate import Timeline
@@ -18,6 +19,8 @@ from .describe import (
     human_time,
     memory_by_owner,
     replicated,
+    star,
+    titled,
 )
 from .explain import Choice, Explanation, Option
 
@@ -39,9 +42,7 @@ def explain_path(placed: Module, spmd: Module, cluster: Cluster, path: str, limi
             f"nothing in the plan matches {path!r}",
             hint="use a part of a module path, an op name, or a parameter's name",
         )
-    lines: list[str] = []
-    for attrs, value in params[:limit]:
-        lines += _parameter(explanation, attrs, value)
+    lines = _parameters(explanation, params[:limit])
     lines += _more(len(params) - limit, "parameters")
     for number, op in ops[:limit]:
         lines += _op(explanation, number, op)
@@ -71,12 +72,24 @@ def explain_plan(placed: Module, spmd: Module, timeline: Timeline, limit: int = 
     lines += _more(len(owners) - limit, "owners")
     whole = replicated(placed)
     lines += ["replicated: every rank does the same work"] if whole else []
-    lines += [f"    {op.name} {_shown(op)} at {_place(op.loc)}" for op in whole[:limit]]
-    lines += _more(len(whole) - limit, "ops")
+    alike = Counter(f"    {titled(op)} -> {_results(op)}, at {_place(op.loc, True)}" for op in whole)
+    lines += [f"{line}, x {n}" if n > 1 else line for line, n in alike.most_common(limit)]
+    lines += _more(len(alike) - limit, "rows")
     fallen = fallbacks(spmd)
     lines += ["fell back to ATen: runs whole on every rank"] if fallen else []
     lines += [f"    {name} x {count} at {where}" for name, where, count in fallen[:limit]]
     return "\n".join(lines)
+
+
+def _parameters(
+    explanation: Explanation, params: Sequence[tuple[Mapping[str, Attr], Value]]
+) -> list[str]:
+    """Parameters and states; those of which the same is said, such as both moments, together."""
+    said: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
+    for attrs, value in params:
+        head, *rest = _parameter(explanation, attrs, value)
+        said[tuple(rest)].append(head)
+    return [line for rest, heads in said.items() for line in (*heads, *rest)]
 
 
 def _parameter(explanation: Explanation, attrs: Mapping[str, Attr], value: Value) -> list[str]:
@@ -93,8 +106,8 @@ def _parameter(explanation: Explanation, attrs: Mapping[str, Attr], value: Value
 
 def _op(explanation: Explanation, number: int, op: Op) -> list[str]:
     choice = explanation.op(number)
-    lines = [f"{op.name} {_shown(op)}", f"    at          {_place(op.loc)}"]
-    lines.append(f"    split       {choice.chosen.text}")
+    lines = [f"{titled(op)} {_shown(op)}", f"    at          {_place(op.loc)}"]
+    lines.append(f"    split       {_split(op, explanation.mesh) or choice.chosen.text}")
     lines.append(f"    cost        {_cost(choice.chosen)}")
     if choice.options > 1:
         lines.append(f"    runner-up   {_runner_up(choice, None)}")
@@ -108,6 +121,26 @@ def _shown(op: Op) -> str:
     return f"({operands}) -> {', '.join(f'%{v.name}: {v.type}' for v in op.results)}"
 
 
+def _results(op: Op) -> str:
+    return ", ".join(str(v.type) for v in op.results)
+
+
+def _split(op: Op, mesh: Mesh) -> str:
+    """What each axis splits, as an iteration dim and as what becomes of the first result."""
+    placement = op.results[0].type.placement if op.results else None
+    kinds = dict(zip(mesh.names, placement or (), strict=False))
+    words = []
+    for axis, dim in op.split.items():
+        at = kinds.get(axis)
+        means = ""
+        if at is not None and at.kind == "S":
+            means = f" (dim {at.dim} of the result)"
+        elif at is not None and at.kind == "P":
+            means = f" (partial results, {at})"
+        words.append(f"{axis}={dim}{means}")
+    return ", ".join(words)
+
+
 def _placement(mesh: Mesh, text: str) -> str:
     parts = text.split(", ") if mesh.axes else []
     return (
@@ -116,6 +149,8 @@ def _placement(mesh: Mesh, text: str) -> str:
 
 
 def _cost(option: Option) -> str:
+    if not option.work_us and not option.moves_us:
+        return "none: nothing is moved"
     if not option.work_us:
         return f"{human_time(option.moves_us)} a step of resharding"
     return (
@@ -159,7 +194,8 @@ def _starred(path: str) -> str:
     return ".".join(parts)
 
 
-def _place(loc: Location) -> str:
+def _place(loc: Location, starred: bool = False) -> str:
+    loc = replace(loc, path=star(loc.path)) if starred else loc
     return str(loc) or "no place of the program: weft made it"
 
 

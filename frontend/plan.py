@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..codegen.emit import emit_kernels
+from ..costmodel import cluster_json
 from ..costmodel.cluster import Cluster, parse_cluster
 from ..costmodel.simulate import Simulation, Timeline, simulate
 from ..ir.errors import CompileError
@@ -174,6 +175,7 @@ class Plan:
             "python": platform.python_version(),
             "target": self.target,
             "cluster": str(self.cluster),
+            cluster_json.KEY: cluster_json.to_json(self.cluster),
             "mesh": mesh_text(self.mesh),
             "ranks": self.mesh.size,
             "predicted": {

@@ -34,6 +34,7 @@ from .describe import (
     parameters,
     replicated,
     star,
+    titled,
 )
 from .explain import Explanation
 from .report_svg import memory_svg, timeline_svg
@@ -73,7 +74,7 @@ def heavy_ops(placed: Module, cluster: Cluster) -> list[Explained]:
     for number, op in explanation.matching(""):
         if OPS[op.name].family == "contraction":
             types = ", ".join(str(v.type) for v in (*op.operands, *op.results))
-            key = (op.name, star(op.loc.path), str(dict(op.split)), types)
+            key = (titled(op), star(op.loc.path), str(dict(op.split)), types)
             groups.setdefault(key, []).append(number)
     rows = []
     for (name, path, *_), numbers in list(groups.items())[:_MAX_EXPLAINED]:
@@ -88,6 +89,12 @@ def heavy_ops(placed: Module, cluster: Cluster) -> list[Explained]:
             )
         )  # fmt: skip
     return sorted(rows, key=lambda row: -row.cost_us)
+
+
+def _place(where: str) -> str:
+    """A module path and its user's line, without the folders of the file."""
+    path, space, line = where.rpartition(" (")
+    return f"{path}{space}{line.rpartition('/')[2]}"
 
 
 def _packed(dumps: Sequence[Dump]) -> str:
@@ -136,6 +143,7 @@ def render_report(
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["human"] = human_bytes
     environment.filters["time"] = human_time
+    environment.filters["place"] = _place
     source = files("weft.frontend").joinpath("report.html.j2").read_text(encoding="utf-8")
     ranks = [
         (rank, ", ".join(f"{n}={c}" for n, c in zip(mesh.names, mesh.coord(rank), strict=True)))
