@@ -55,6 +55,8 @@ _DATA_DEPENDENT = (
     GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException,
 )  # fmt: skip
 _TRACING = (UnsupportedFakeTensorException, UnsupportedOperatorException)
+#: `torch.nn.RNNBase` has its parameters in a list too; an attribute of the user's is warned of
+_RECURRENT_WEIGHTS = r"The tensor attributes? (self\.[\w.]*_flat_weights\[\d+\](, )?)+ w"
 
 
 @lru_cache(maxsize=1)
@@ -229,7 +231,8 @@ def _untraceable(error: Exception) -> CompileError:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Torch logs failures of shape functions at length; the diagnostic says it once. It also warns
-    of a deprecated class of its own when it copies the structure of inputs."""
+    of a deprecated class of its own when it copies the structure of inputs, and of the list in
+    which its recurrent layers hold their parameters a second time when tracing replaces those."""
     names = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
@@ -238,6 +241,7 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)", FutureWarning)
+            warnings.filterwarnings("ignore", _RECURRENT_WEIGHTS, UserWarning)
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

@@ -39,7 +39,7 @@ def _others(x: Any) -> list[int]:
 
 
 def _squares(c: Any, x: Any, mean: Any) -> Any:
-    centred = x.to(c.dtype()) - _per_channel(x, mean)
+    centred = x.to(c.dtype()) - _per_channel(x, mean.to(c.dtype()))
     return centred.square_().sum(_others(x)) if c.fused else centred.square().sum(_others(x))
 
 
@@ -91,9 +91,11 @@ def _batch_norm_backward(
     return (dy * scale + (x - mean) * slope + shift).to(dtype)
 
 
-def _same_shape(op: Op) -> str:
-    dy, x = (value.type.shape for value in op.operands[:2])
-    return "" if dy == x else f"dy has shape {list(dy)}, x has {list(x)}"
+def _same_type(op: Op) -> str:
+    dy, x = (value.type for value in op.operands[:2])
+    if dy.shape != x.shape:
+        return f"dy has shape {list(dy.shape)}, x has {list(x.shape)}"
+    return "" if dy.dtype == x.dtype else f"dy is {dy.dtype}, x is {x.dtype}"
 
 
 def _sums_types(ins: Sequence[TensorType], attrs: Mapping[str, Attr]) -> list[TensorType]:
@@ -113,13 +115,13 @@ define(name="batch_norm", family="row", dtypes="f", flops_per_point=2,
        signature="n c s..., c, c, c, c -> n c s...", types=lambda ins, attrs: [ins[0]],
        ref=_batch_norm)  # fmt: skip
 define(name="batch_norm_sums", family="reduction", dtypes="f", flops_per_point=4,
-       linear=((0,),), verify=_same_shape,
+       linear=((0,),), verify=_same_type,
        doc="sums by channel that the gradients of batch_norm need: (dy, x, mean) -> sum of dy, sum "
            "of dy * (x - mean)",
        signature="n c s..., n c s..., c -> c, c ; n=sum, s=sum", types=_sums_types,
        ref=_batch_norm_sums)  # fmt: skip
 define(name="batch_norm_backward", family="row", dtypes="f", flops_per_point=5,
-       linear=((0, 5, 6),), attrs={"eps": _EPS}, verify=_same_shape,
+       linear=((0, 5, 6),), attrs={"eps": _EPS}, verify=_same_type,
        doc="gradient of batch_norm with the statistics of the batch: (dy, x, mean, var, weight, "
            "*batch_norm_sums) -> dx",
        signature="n c s..., n c s..., c, c, c, c, c -> n c s...",

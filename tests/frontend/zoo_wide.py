@@ -66,6 +66,8 @@ def shrink(cls: type, **overrides: Any) -> Any:
             values[name] = given
         elif isinstance(value, float) and ("drop" in name or name.startswith("mask_")):
             values[name] = 0.0
+        elif isinstance(value, (list, tuple)) and "drop" in name:
+            values[name] = [0.0 for _ in value]
         elif isinstance(value, bool) or isinstance(getattr(cls, name, None), property):
             continue
         elif isinstance(value, int) and name in _IDS:
