@@ -1,4 +1,4 @@
-"""Recurrent layers of torch.nn and cells in loops: train steps equal eager, on one rank and four."""
+"""Recurrent layers, attention, bags of embeddings: train steps equal eager, on one rank and four."""
 
 from __future__ import annotations
 
@@ -48,6 +48,43 @@ class Loop(nn.Module):
         return h
 
 
+class Attention(nn.Module):
+    """An encoder with padding, and a decoder that sees the past only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True)
+        self.decoder = nn.TransformerDecoderLayer(4, 2, 8, 0.0, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding = torch.arange(5)[None] >= torch.tensor([5, 4, 3, 5])[:, None]
+        future = torch.ones(5, 5, dtype=torch.bool).triu(1)
+        encoded = self.encoder(x, src_key_padding_mask=padding)
+        out: Tensor = self.decoder(x, encoded, tgt_mask=future, memory_key_padding_mask=padding)
+        return out
+
+
+class Bags(nn.Module):
+    """Rows of words, and bags of different lengths with weights that need a gradient."""
+
+    words: Tensor
+    sum: nn.EmbeddingBag
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = nn.EmbeddingBag(20, 4, mode="mean", padding_idx=1)
+        self.max = nn.EmbeddingBag(20, 4, mode="max")
+        self.sum = nn.EmbeddingBag(20, 4, mode="sum")
+        self.weights = nn.Parameter(torch.rand(12))
+        self.register_buffer("words", torch.randint(0, 20, (4, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        offsets = torch.tensor([0, 3, 3, 8])
+        bags = self.sum(self.words.flatten(), offsets, per_sample_weights=self.weights)
+        out: Tensor = x.mean(1) * (bags + self.mean(self.words) + self.max(self.words))
+        return out
+
+
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "lstm": lambda: nn.LSTM(4, 8, batch_first=True),
     "lstm-deep": lambda: nn.LSTM(4, 8, num_layers=2, bidirectional=True, batch_first=True),
@@ -56,6 +93,8 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "rnn-deep": lambda: nn.RNN(4, 8, num_layers=2, bidirectional=True, batch_first=True),
     "rnn-relu": lambda: nn.RNN(4, 8, nonlinearity="relu", batch_first=True),
     "loop": Loop,
+    "attention": Attention,
+    "bags": Bags,
 }
 
 
