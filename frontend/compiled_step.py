@@ -15,6 +15,7 @@ from .calls import Call
 from .capture import VaryingDims
 from .driver import Program
 from .entries import Compiler, Entry, mode_of, state_of
+from .optimizers import UNCOUNTED, refuse_late
 from .owners import register
 from .plan import Plan
 from .state import StepState
@@ -116,6 +117,7 @@ class TrainStep(StepState):
             entry.running.load_state(entry.plan.weights)
         elif not entry.running.share_state(self._current.running):
             last = self._current.running
+            self._refuse_late(entry)
             state = {**entry.plan.weights, **last.state_dict()}
             entry.running.load_state(state, strict=False)
             if last.state_types.keys() <= entry.running.state_types.keys():
@@ -123,6 +125,17 @@ class TrainStep(StepState):
         self._current = entry
         if first:
             self._ready()
+
+    def _refuse_late(self, entry: Entry) -> None:
+        """Raise CompileError W0303 where parameters join an optimizer that counts steps."""
+        assert self._current is not None
+        before = self._current.running.state_types
+        if "step" not in before or "step" not in entry.running.state_types:
+            return
+        new = (name.partition("/") for name in entry.running.state_types if name not in before)
+        late = sorted({name for kind, found, name in new if found and kind not in UNCOUNTED})
+        steps = self._current.running.state_dict(full=True)["step"] if late else 0.0
+        refuse_late(late if float(steps) else (), float(steps))
 
     def _refresh(self) -> None:
         """Let the model's tensors be those of the plan where this rank holds them whole.

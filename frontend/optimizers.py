@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +88,10 @@ def make(name: str, parameters: Any, **hyper: Any) -> torch.optim.Optimizer:
         ) from None  # fmt: skip
 
 
+#: states that torch's optimizers keep without counting steps
+UNCOUNTED = {"momentum_buffer"}
+
+
 def has_update_op(optimizer: torch.optim.Optimizer) -> bool:
     """Is there an update op for what this optimizer does? Otherwise its step is traced."""
     variant = any(group.get("amsgrad") for group in optimizer.param_groups)
@@ -134,6 +138,7 @@ def states_of(
     """The optimizer's state so far, under the names of the entry; nothing before the first step."""
     found: dict[str, Tensor] = {}
     steps = 0.0
+    taken = {name: 0.0 for name, update in updates.items() if not set(update.states) <= UNCOUNTED}
     for parameter, state in optimizer.state.items():
         name = names.get(id(parameter))
         if name is None or name not in updates:
@@ -144,9 +149,26 @@ def states_of(
                 steps = max(steps, 1.0)
         if "step" in state:
             steps = max(steps, float(state["step"]))
+            if name in taken:
+                taken[name] = float(state["step"])
+    refuse_late(sorted(name for name, count in taken.items() if count < steps), steps)
     if found:
         found["step"] = torch.tensor(steps, dtype=torch.float64)
     return found
+
+
+def refuse_late(late: Sequence[str], steps: float) -> None:
+    """Raise CompileError W0303 where some parameters have taken fewer steps than others.
+
+    One counter serves all parameters of a plan; Adam's bias correction depends on it.
+    """
+    if late:
+        more = f" and {len(late) - 1} more" if len(late) > 1 else ""
+        raise CompileError(
+            "W0303", f"{late[0]}{more} joins the training after {steps:.0f} steps of others",
+            reason="the optimizer's correction counts the steps of each parameter, a plan those of all",
+            hint="begin again with a new optimizer, or train from the start and use a group with lr 0",
+        )  # fmt: skip
 
 
 def add_updates(

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: states that torch's optimizers keep without counting steps
-_UNCOUNTED = {"momentum_buffer"}
+from .optimizers import UNCOUNTED
+
 _NUMBERS: dict[str, Callable[[Tensor], Any]] = {"int": int, "float": float}
 
 
@@ -58,7 +58,7 @@ def optimizer_state(
             number = _NUMBERS.get(numbers.get(key, ""))
             state.setdefault(name, {})[kind] = value if number is None else number(value)
     for kept in state.values():
-        if "step" in flat and not set(kept) <= _UNCOUNTED:
+        if "step" in flat and not set(kept) <= UNCOUNTED:
             step = flat["step"]
             kept["step"] = step.to(torch.float32, copy=True)
     groups = [

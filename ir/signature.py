@@ -380,6 +380,16 @@ def reshape_signature(operand: Shape, result: Shape) -> tuple[DimMap, DimMap, di
     outs: list[list[str]] = [[] for _ in result]
     sizes: dict[str, int] = {}
     i = j = 0
+    # leading dims that stay are factors of their own, those of size 1 as well: an axis of one rank
+    # may split them, and the split must have a name behind the reshape too
+    named = 0
+    while i < min(len(operand), len(result)) and operand[i] == result[i] != 0:
+        name = f"u{i}" if operand[i] == 1 else f"r{named}"
+        named += operand[i] != 1
+        ins[i].append(name)
+        outs[i].append(name)
+        sizes[name] = operand[i]
+        i = j = i + 1
     left = right = 1  # what is left of the current operand dim and of the current result dim
     left_i = right_j = -1
     while True:
@@ -391,7 +401,7 @@ def reshape_signature(operand: Shape, result: Shape) -> tuple[DimMap, DimMap, di
             break
         small = min(left, right)
         if left % small or right % small:
-            name = f"w{len(sizes)}"  # no common factor boundary: one opaque factor for both groups
+            name = f"w{named}"  # no common factor boundary: one opaque factor for both groups
             ins[left_i].append(name)
             outs[right_j].append(name)
             total_in, total_out = left, right
@@ -403,10 +413,12 @@ def reshape_signature(operand: Shape, result: Shape) -> tuple[DimMap, DimMap, di
                     outs[j].append(name)
                     total_out, j = total_out * result[j], j + 1
             sizes[name] = total_in
+            named += 1
             left = right = 1
             continue
-        name = f"r{len(sizes)}"
+        name = f"r{named}"
         sizes[name] = small
+        named += 1
         ins[left_i].append(name)
         outs[right_j].append(name)
         left, right = left // small, right // small

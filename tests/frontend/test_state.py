@@ -228,3 +228,25 @@ def test_writing_into_the_model_between_steps_is_seen() -> None:
         each.load_state_dict({n: t * 0.5 for n, t in net().state_dict().items() if t.ndim}, strict=False)
         each.second.bias.data = torch.ones(8)
     goes_on(made, model, optimizer, theirs, other, 1)
+
+
+@pytest.mark.parametrize("stepped_by", ["eager", "weft"])
+def test_a_parameter_that_joins_adam_late_is_refused(stepped_by: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].weight.requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> Tensor:
+        loss = model(x).square().sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    compiled = weft.compile(step)
+    run = step if stepped_by == "eager" else compiled
+    for _ in range(2):
+        run(model, optimizer, torch.ones(2, 4))
+    model[0].weight.requires_grad_(True)
+    with pytest.raises(CompileError, match="W0303.*0.weight joins the training after 2 steps"):
+        compiled(model, optimizer, torch.ones(2, 4))
