@@ -30,7 +30,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
     "calibrate": (
         "cli_calibrate", "calibrate_command",
-        "Measure this machine, so that plans for it are priced with what it does.",
+        "Measure this machine: rates, the cost of a launch, and at most 64 kernels; three minutes.",
     ),
     "verify": (
         "cli_verify", "verify",

@@ -108,7 +108,7 @@ def fsdp_saves() -> Report:
     state = {"model": get_model_state_dict(model),
              "optim": get_optimizer_state_dict(model, optimizer)}  # fmt: skip
     dcp.save(state, checkpoint_id=FOLDER / "fsdp")
-    rest = [float(step(model, optimizer, *batch(number))) for number in range(2, 4)]
+    rest = [float(step(model, optimizer, *batch(number)).detach()) for number in range(2, 4)]
     return {"losses": rest}
 
 
@@ -171,3 +171,6 @@ TASKS = {task.__name__: task for task in (
 
 if __name__ == "__main__":
     report_of(TASKS, *sys.argv[1:])
+    # who began the group ends it: gloo's threads may not outlive the interpreter
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
