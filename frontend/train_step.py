@@ -194,8 +194,10 @@ class _StepCapture:
             entry, state, losses = lower_program(graph, users_names, names, roles)
             entry = _settled(_mark(entry, stepped, losses))
             if own is None:
-                entry = add_updates(entry, updates, len(rates), run.stepped_at)
-                state |= states_of(self.optimizer, self._ids, updates)
+                graded = {a["name"] for a in entry.result_attrs if a.get("role") == "grad"}
+                alive = {name: update for name, update in updates.items() if name in graded}
+                entry = add_updates(entry, alive, len(rates), run.stepped_at)
+                state |= states_of(self.optimizer, self._ids, alive)
             known = {str(a["name"]) for a in entry.param_attrs if a.get("role") != "lr"}
             return TracedStep(
                 Module("logical", (entry,)), {n: t for n, t in state.items() if n in known},
