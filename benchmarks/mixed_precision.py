@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from tests.frontend.stepping import RATE
 from tests.frontend.zoo import ALL, Example, tensors_of
 
 import weft
 
 MODELS = ["gpt2", "llama"]
-RATE = 1024.0
 Gradients = dict[str, Tensor]
 
 

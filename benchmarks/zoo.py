@@ -29,8 +29,8 @@ from rows import Row, arguments, finish, timed
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.frontend.stepping import Stepper, entry_values
-from tests.frontend.zoo import ALL, Example, build, tensors_of
+from tests.frontend.stepping import RATE, Stepper, entry_values
+from tests.frontend.zoo import ALL, SLOW, Example, build, tensors_of
 
 from weft.frontend.pass_table import ALL_PASSES
 from weft.frontend.structure import flatten
@@ -46,23 +46,8 @@ from weft.passes.random_place import parse_mesh, random_choices
 from weft.runtime.interpreter import evaluate
 
 QUICK = ["llama", "bert", "resnet", "mixtral", "mamba"]
-#: a power of two, so that a step of plain gradient descent shows gradients of any size
-RATE = 1024.0
 TARGETS = {"loss": 1e-5, "outputs": 1e-4, "gradients": 1e-4, "random plan": 1e-9,
            "searched plan": 1e-9}  # fmt: skip
-
-#: four devices so slow that even small work is worth sharing
-SLOW = """
-[[groups]]
-device = "cpu"
-hosts = 1
-devices = 4
-[links.intra]
-bytes_per_s = 1e12
-latency_s = 1e-9
-[device]
-flops_per_s = {f32 = 1e6}
-"""
 
 
 @dataclass

@@ -134,8 +134,9 @@ class TrainStep(StepState):
             return
         new = (name.partition("/") for name in entry.running.state_types if name not in before)
         late = sorted({name for kind, found, name in new if found and kind not in UNCOUNTED})
-        steps = self._current.running.state_dict(full=True)["step"] if late else 0.0
-        refuse_late(late if float(steps) else (), float(steps))
+        held = self._current.running.state_dict(full=False, copy=False) if late else {"step": 0.0}
+        steps = float(held["step"])
+        refuse_late(late if steps else (), steps)
 
     def _refresh(self) -> None:
         """Let the model's tensors be those of the plan where this rank holds them whole.

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from functools import cache
 
 import pytest
-import torch
 from tests.costmodel.simulate_costs import Sized
+from tests.runtime.measured import allocated, large_step
 from tests.runtime.random_schedules import MESHES
 from tests.runtime.schedules import FORWARD_BACKWARD, TRAIN_STEP, random_schedule
 
@@ -47,34 +46,18 @@ def test_the_peak_is_the_one_that_the_executor_plans() -> None:
             assert memory_of(module.entry, module.mesh, coord).peak_bytes == planned
 
 
-@cache
-def large() -> Module:
-    """The train step on one rank, large enough that its tensors outweigh everything else."""
-    text = TRAIN_STEP.replace("dp=2, tp=2", "dp=1, tp=1")
-    for old, new in (("5, 6", "500, 600"), ("7, 5", "700, 500"), ("7, 6", "700, 600")):
-        text = text.replace(f"[{old}]", f"[{new}]")
-    return parse_module(text)
-
-
 def test_the_peak_is_what_a_step_allocates() -> None:
-    module = large()
+    module, inputs = large_step()
     executor = Executor(module)
-    inputs = [torch.randn(700, 500), torch.tensor(0.1, dtype=torch.float64)]
     executor.run(inputs)
-    with torch.profiler.profile(profile_memory=True) as profile:
-        executor.run(inputs)
-    live = peak = 0
-    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
+    peak = allocated(executor, inputs)
     before = executor.state_bytes() + sum(tensor.nbytes for tensor in inputs)
     found = simulate(module, parse_cluster("1x1:cpu"))
     assert peak == pytest.approx(found.peak_bytes - before, rel=0.2)
 
 
 def test_what_is_held_at_the_peak_has_owners_that_add_up() -> None:
-    module = large()
+    module, _ = large_step()
     assert module.mesh is not None
     found = simulate(module, parse_cluster("1x1:cpu"))
     sizes: Counter[str] = Counter()

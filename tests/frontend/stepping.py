@@ -13,6 +13,9 @@ from weft.ir.verify import verify
 from weft.runtime.context import TORCH_DTYPES
 from weft.runtime.interpreter import evaluate
 
+#: a power of two, so that a step of plain gradient descent shows gradients of any size
+RATE = 1024.0
+
 
 class Stepper:
     """Holds the state of a traced step; each call is one step."""

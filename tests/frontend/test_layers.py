@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.frontend.stepping import Stepper
+from tests.frontend.stepping import RATE, Stepper
 from tests.passes.equality import assert_equal_on_ranks
 from torch import Tensor, nn
 
@@ -15,9 +15,6 @@ from weft.frontend.train_step import trace_module_train
 from weft.frontend.verify import random_inputs
 from weft.passes.random_place import parse_mesh
 from weft.runtime.interpreter import evaluate
-
-#: a power of two, so that a step of plain gradient descent shows gradients of any size
-RATE = 1024.0
 
 
 class Rows(nn.Module):

@@ -8,13 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.frontend.stepping import Stepper
+from tests.frontend.stepping import RATE, Stepper
 from torch import Tensor, nn
 
 from weft.frontend.train_step import trace_module_train
 from weft.ir.errors import CompileError
-
-RATE = 1024.0
 
 
 class Rotary(nn.Module):

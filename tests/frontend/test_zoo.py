@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.frontend.stepping import Stepper, entry_values
-from tests.frontend.zoo import ALL, ZOO, build, tensors_of
+from tests.frontend.stepping import RATE, Stepper, entry_values
+from tests.frontend.zoo import ALL, SLOW, ZOO, build, tensors_of
 from tests.passes.equality import assert_close, assert_equal_on_ranks
 from torch import Tensor
 
@@ -29,21 +29,6 @@ from weft.runtime.interpreter import evaluate
 NAMES = [name for name in ALL if name not in ZOO]
 #: what the models differ in most: routing, cross attention, windows, two inputs, a scan
 SAMPLED = ["mixtral", "bart", "clip", "mamba"]
-#: a power of two, so that a step of plain gradient descent shows gradients of any size
-RATE = 1024.0
-
-#: four devices so slow that even small work is worth sharing
-_SLOW = """
-[[groups]]
-device = "cpu"
-hosts = 1
-devices = 4
-[links.intra]
-bytes_per_s = 1e12
-latency_s = 1e-9
-[device]
-flops_per_s = {f32 = 1e6}
-"""
 
 
 @lru_cache(maxsize=None)
@@ -91,7 +76,7 @@ def test_a_random_placement_on_four_ranks_changes_nothing(name: str) -> None:
 @pytest.mark.parametrize("name", SAMPLED)
 def test_the_searched_placement_on_four_ranks_changes_nothing(name: str, tmp_path: Path) -> None:
     cluster = tmp_path / "slow.toml"
-    cluster.write_text(_SLOW)
+    cluster.write_text(SLOW)
     module, values = wide_step(name)
     text = f"simplify,place[cluster={json.dumps(str(cluster))} mesh=4],lower"
     spmd = PassManager(parse_pipeline(text, ALL_PASSES)).run(traced_step(name).module)

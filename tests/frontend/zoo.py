@@ -16,6 +16,18 @@ logging.getLogger("transformers").setLevel(logging.ERROR)
 
 Example = tuple[torch.nn.Module, dict[str, Any]]
 VOCABULARY = 61
+#: a cluster of four devices so slow that even small work is worth sharing
+SLOW = """
+[[groups]]
+device = "cpu"
+hosts = 1
+devices = 4
+[links.intra]
+bytes_per_s = 1e12
+latency_s = 1e-9
+[device]
+flops_per_s = {f32 = 1e6}
+"""
 #: sizes of a small transformer under the names that most configurations give them
 _SMALL = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

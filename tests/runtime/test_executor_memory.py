@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from tests.runtime.examples import EXAMPLES, Case
-from tests.runtime.schedules import TRAIN_STEP
+from tests.runtime.measured import allocated, large_step
 from torch import Tensor
 
 from weft.ir.module import Function, Op, Value
 from weft.ir.ops import OPS
-from weft.ir.parser import parse_module
 from weft.ir.types import TensorType
 from weft.runtime.context import OpContext, results_of
 from weft.runtime.executor import Executor
@@ -74,25 +72,10 @@ def test_a_transfer_reads_its_operand_until_its_wait() -> None:
     assert last(MAKE, start, wait, reduce("x", "y")) == {3}
 
 
-def allocated(executor: Executor, inputs: list[Tensor]) -> int:
-    """The largest number of bytes that one step has allocated at a time."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        executor.run(inputs)
-    live = peak = 0
-    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
-
-
 def test_the_planned_peak_is_what_a_step_allocates() -> None:
     """The plan adds what is there before the step; a semantics may need a temporary more."""
-    text = TRAIN_STEP.replace("dp=2, tp=2", "dp=1, tp=1")
-    for old, new in (("5, 6", "500, 600"), ("7, 5", "700, 500"), ("7, 6", "700, 600")):
-        text = text.replace(f"[{old}]", f"[{new}]")
-    executor = Executor(parse_module(text))
-    inputs = [torch.randn(700, 500), torch.tensor(0.1, dtype=torch.float64)]
+    module, inputs = large_step()
+    executor = Executor(module)
     executor.run(inputs)
     before = executor.state_bytes() + sum(t.nbytes for t in inputs)
     planned, measured = executor.planned_bytes() - before, allocated(executor, inputs)
