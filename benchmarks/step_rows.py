@@ -1,8 +1,10 @@
 """What a 1-rank plan of a train step costs in time and memory, against eager and torch.compile,
 and what a rank of a plan with sharded states holds.
 
-All sides run in turns in one process on one thread, a few steps each, of which the first is left out:
-it finds the heap as the other side left it. A ratio is the median, over the rounds, of the ratio of
+All sides of a model run in turns in one process on one thread, a few steps each, of which the first is
+left out: it finds the heap as the other side left it. Memory that was freed stays with that process, or
+page faults of whichever side the system charges them to, up to a sixth of a step, would decide. A ratio
+is the median, over the rounds, of the ratio of
 two processor times of one round: what slows a whole round cancels, and a disturbance is an outlier.
 First steps are timed by the clock, because compilers run beside the process. Memory is measured in
 processes of its own (`step_memory.py`).
@@ -10,7 +12,9 @@ processes of its own (`step_memory.py`).
 
 from __future__ import annotations
 
+import ctypes
 import json
+import multiprocessing
 import subprocess
 import sys
 import tempfile
@@ -70,11 +74,22 @@ def _rounds(runs: dict[str, Callable[[], Tensor]], repeats: int) -> list[dict[st
     return rounds[1:]  # the first one warms up
 
 
+def _keep_freed_memory() -> None:
+    """Let glibc's malloc keep what is freed: no mappings of their own, no trimming (mallopt(3))."""
+    trim_threshold, mmap_max = -1, -4
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+
+
 def time_rows(name: str, repeats: int, compilers: bool) -> list[Row]:
-    """Step time of one model, and the time until the first step is done.
+    """Step time of one model, and the time until the first step is done; for a process of its own.
 
     With `compilers` the plan runs on the backend `inductor` too, and the model under torch.compile.
     """
+    _keep_freed_memory()
+    torch.set_num_threads(1)
     sides: dict[str, Callable[[Callable[..., Tensor]], Any]] = {
         "eager": lambda step: step, "plan": weft.compile,
     }  # fmt: skip
@@ -154,5 +169,7 @@ def step_rows(quick: bool) -> list[Row]:
     rows: list[Row] = []
     for name in list(STEPS)[:1] if quick else STEPS:
         compilers = name in COMPILED and not quick
-        rows += time_rows(name, 4 if quick else 8, compilers) + memory_rows(name)
+        with multiprocessing.get_context("spawn").Pool(1) as child:
+            rows += child.apply(time_rows, (name, 4 if quick else 8, compilers))
+        rows += memory_rows(name)
     return rows + sharded_rows()
