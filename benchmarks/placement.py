@@ -1,21 +1,16 @@
-"""Placement search: time to a proven optimum of Llama train steps, and the solver alone on tables.
+"""Placement search: time to a proven optimum of Llama train steps.
 
-    python benchmarks/placement.py [--quick] [--json FILE] [--data DIR]
+    python benchmarks/placement.py [--quick] [--json FILE]
 
 Each step is traced on the meta device, searched on one mesh, written down and priced again from
 the placed module. Peers of the plan found: the same step on one rank, and the best plan on the
-other candidate meshes. `--data` names a folder of pairwise cost tables (*.npz: `unary_of[i]` names
-the table `u<k>` of variable i, rows of `edges` are (i, j, k) with the table `p<k>`; inf is
-forbidden), on which the solver runs alone.
+other candidate meshes. The solver alone: `benchmarks/placement_solver.py`.
 """
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from llama import LLAMAS, Shape, on_meta
 from rows import Row, arguments, finish, show
@@ -25,13 +20,9 @@ from weft.frontend.train_step import trace_module_train
 from weft.ir.module import Module
 from weft.ir.types import Mesh
 from weft.passes.place import search_mesh
-from weft.passes.place_network import FORBIDDEN, Network
-from weft.passes.place_solve import solve
 
 #: issue 1 of 5: a block's train step on a mesh of two axes
 TARGET_S = 10.0
-#: issue 4 of 5: each instance of pairwise tables
-TABLES_TARGET_S = 3.0
 
 #: name -> model, batch and sequence, cluster, mesh
 STEPS: dict[str, tuple[Shape, tuple[int, int], str, tuple[int, ...]]] = {
@@ -72,39 +63,11 @@ def step_rows(name: str) -> list[Row]:
     ]  # fmt: skip
 
 
-def table_rows(folder: Path, limit_s: float) -> list[Row]:
-    """The solver alone."""
-    rows = []
-    for path in sorted(folder.glob("*.npz")):
-        network = Network()
-        with np.load(path, allow_pickle=False) as data:
-            for number in data["unary_of"]:
-                network.add_variable(_finite(data[f"u{number}"]))
-            tables: dict[int, Any] = {}
-            for i, j, number in data["edges"].tolist():
-                if number not in tables:
-                    tables[number] = _finite(data[f"p{number}"])
-                network.add_cost(i, j, tables[number])
-        solution = solve(network, limit_s)
-        assert solution is not None
-        what = f"{solution.variables} variables, width {solution.treewidth}"
-        rows.append(Row(f"{path.stem}: solve", solution.time_s, "s", TABLES_TARGET_S, what))
-        gap = solution.cost - solution.lower_bound
-        rows.append(Row(f"{path.stem}: gap of {solution.cost:.0f} us", gap, "us",
-                        1e-6 * solution.cost, "lower bound of the same run"))  # fmt: skip
-    return rows
-
-
-def _finite(table: Any) -> Any:
-    return np.where(np.isfinite(table), table, FORBIDDEN)
-
-
 def main() -> int:
     """Measure, print, write; 1 when a target is missed."""
     parser = arguments(__doc__, "the smallest step only")
-    parser.add_argument("--data", type=Path, help="a folder of pairwise cost tables")
     options = parser.parse_args()
-    rows = table_rows(options.data, 30.0) if options.data else []
+    rows: list[Row] = []
     for name in list(STEPS)[:1] if options.quick else STEPS:
         rows += step_rows(name)
     show(rows)
