@@ -41,6 +41,8 @@ from .report_svg import memory_svg, timeline_svg
 
 #: a page opens fast with this many rows of a table, ranks of a mesh and explained ops
 _MAX_RANKS, _MAX_ROWS, _MAX_EXPLAINED = 64, 400, 40
+#: ranks side by side: the devices of most hosts
+_MAX_COLUMNS = 8
 #: packed texts of a page; longer ones are cut, the folder `ir/` has them whole
 _MAX_PACKED_BYTES = 2_000_000
 
@@ -89,6 +91,16 @@ def heavy_ops(placed: Module, cluster: Cluster) -> list[Explained]:
             )
         )  # fmt: skip
     return sorted(rows, key=lambda row: -row.cost_us)
+
+
+def _columns(sizes: Sequence[int]) -> int:
+    """Ranks in a row of the mesh's picture: the last axes as far as they fit."""
+    columns = 1
+    for size in reversed(sizes):
+        if columns > 1 and columns * size > _MAX_COLUMNS:
+            break
+        columns *= size
+    return min(columns, _MAX_COLUMNS)
 
 
 def _place(where: str) -> str:
@@ -158,7 +170,7 @@ def render_report(
         subtitle=subtitle,
         summary=summary,
         axes=mesh.axes,
-        columns=min(mesh.sizes[-1] if mesh.sizes else 1, 16),
+        columns=_columns(mesh.sizes),
         ranks=ranks,
         hidden_ranks=max(0, mesh.size - _MAX_RANKS),
         step=human_time(timeline.step_us),
