@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from steps_rows import Step, read_steps
 
-from weft.costmodel.training_step import composed
+from weft.costmodel.training_step import composed, layer_key
 
 TARGET = Path(__file__).parent.parent / "costmodel" / "weights" / "training_step.json"
 #: prior of a parameter: (value, standard deviation of its logarithm)
@@ -67,6 +68,9 @@ NOISE, TURN = 0.06, 2.0
 #: weight of a row, so that tables of 50 rows count beside one of 700
 WEIGHTS = {"vtrain single-node": 1.0, "vtrain multi-node": 3.0}
 OTHER_WEIGHT = 2.0
+#: steps that share a layer before it counts as measured; how many steps at the model's own value
+#: pull it back; rounds, as a layer is not all of a step
+_LEAST_LAYERS, _LAYER_SHRINK, _LAYER_ROUNDS = 3, 0.5, 2
 #: step of a derivative, in the logarithm of a parameter
 _DIFFERENCE = 1e-4
 
@@ -113,7 +117,23 @@ def fit(steps: Sequence[Step], rounds: int = 14) -> Fitted:
                 at, errors, damping = moved, there, damping / 4
                 break
             damping *= 4
-    return _unpacked(names, at)
+    fitted = _unpacked(names, at)
+    for _ in range(_LAYER_ROUNDS):
+        _correct_layers(steps, fitted)
+    return fitted
+
+
+def _correct_layers(steps: Sequence[Step], fitted: Fitted) -> None:
+    """Multiply the factors of measured layers by the mean ratio of their steps, shrunk towards 1."""
+    ratios: dict[tuple[str, str], list[float]] = {}
+    for step in steps:
+        key = step.software, layer_key(step.model, step.plan, step.device)
+        ratios.setdefault(key, []).append(math.log(step.time_ms / _predicted(step, fitted)))
+    for (software, name), logs in ratios.items():
+        if len(logs) >= _LEAST_LAYERS:
+            factors = fitted["software"][software]
+            mean = sum(logs) / (len(logs) + _LAYER_SHRINK)
+            factors[name] = factors.get(name, 1.0) * math.exp(mean)
 
 
 def _priors() -> tuple[list[tuple[str, str]], NDArray[np.float64], NDArray[np.float64]]:

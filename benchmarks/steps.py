@@ -29,8 +29,6 @@ TARGETS: Mapping[str, tuple[float, float | None, str]] = {
     "llm-foundry": (12.0, None, ""),
     "megatron-bridge": (12.0, None, ""),
 }
-#: fewer measured plans of one model are no choice
-_CHOICES = 3
 Predict = Callable[[Step], float]
 
 
@@ -53,26 +51,6 @@ def error_rows(steps: Sequence[Step], predict: Predict, note: str) -> list[Row]:
             disorder = 1 - _spearman(predicted, measured)
             rows.append(Row(f"{name}: 1 - Spearman", disorder, "", order, ""))
     return rows
-
-
-def regret_rows(steps: Sequence[Step], predict: Predict) -> list[Row]:
-    """How much slower than the best measured plan of a model is the one predicted to be fastest?"""
-    choices: dict[object, list[Step]] = {}
-    for step in steps:
-        if step.source == "vtrain":
-            plan = step.plan
-            key = (step.model, plan.gpus, plan.global_batch, plan.seq, step.device.name)
-            choices.setdefault(key, []).append(step)
-    regrets = [
-        (min(own, key=predict).time_ms / min(step.time_ms for step in own) - 1) * 100
-        for own in choices.values()
-        if len(own) >= _CHOICES
-    ]
-    name = f"plan ranked first over the best measured, {len(regrets)} choices"
-    return [
-        Row(f"{name}: mean", float(np.mean(regrets)), "%"),
-        Row(f"{name}: largest", float(np.max(regrets)), "%"),
-    ]
 
 
 def _spearman(a: np.ndarray, b: np.ndarray) -> float:
@@ -141,8 +119,6 @@ def main() -> None:
     for reason, count in sorted(left.items()):
         print(f"left out: {count} rows, {reason}")
     rows = error_rows(steps, shipped, "")
-    if any(step.source == "vtrain" for step in steps):
-        rows += regret_rows(steps, shipped)
     if options.held_out and not options.quick:
         rows += held_out(steps, 5)
     show(rows)
