@@ -1,4 +1,4 @@
-"""Lower bounds for cost networks: sequential reweighted message passing.
+"""Lower bounds for cost networks: sequential reweighted message passing, once per class of equals.
 
 Messages move cost between pairwise and unary terms without changing any total; the sum of all
 minima is a lower bound. A variable first pulls what its pairwise terms guarantee each of its
@@ -6,165 +6,277 @@ states, then pushes its cost on to the terms ahead in the order, in equal shares
 lowers the bound (Kolmogorov, A new look at reweighted message passing, 2015; TRW-S, 2006). Deciding
 the variables one by one against the moved costs gives good assignments. Reduced costs then exclude
 states: one whose own bound exceeds the cost of a known assignment is in no better assignment.
+
+Lifting: variables that look alike within a few edges form a class with the same messages, so that
+the equal layers of a deep model cost as much as one. Any messages give a valid bound; the classes
+near the ends of a stack of layers stay apart, which is where the best messages differ.
 """
 
 from __future__ import annotations
 
-import numpy as np
+from collections import Counter
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
 
-from .place_network import FORBIDDEN, Array, Network
+import numpy as np
+from numpy.typing import NDArray
+
+from .place_network import FORBIDDEN, Array, Network, Table
 
 #: the bound is looked at every so many sweeps; a smaller relative gain than this ends them
 _EVERY, _GAIN = 5, 1e-4
+#: edges within which variables must look alike to form a class; in networks of fewer variables
+#: each is its own class
+_RADIUS, _SINGLE = 10, 400
 
 
-Messages = dict[tuple[int, int], Array]
+@dataclass(frozen=True)
+class _Port:
+    """An edge as all variables of a class have it.
+
+    Attributes:
+        table: costs (own state, other state).
+        other: class and port that most of the edges lead to.
+    """
+
+    table: Table
+    other: tuple[int, int]
+
+
+class _Lifted:
+    """Classes of the variables of a network, and the messages of each port."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self.colour, before = _classes(network)
+        self.members = Counter(self.colour.values())
+        self.port_of: dict[tuple[int, int], int] = {}  #: (variable, neighbour) -> port
+        self.first: dict[int, int] = {}
+        tables: dict[int, list[Table]] = {}
+        for v, c in self.colour.items():
+            near = network.near[v]
+            ordered = sorted(near, key=lambda u: (near[u].number, before[u]))
+            self.port_of.update(((v, u), p) for p, u in enumerate(ordered))
+            if c not in self.first:
+                self.first[c] = v
+                tables[c] = [near[u] for u in ordered]
+        #: (class, port, class, port) -> number of edges; each edge is seen from both of its ends
+        self.edges: Counter[tuple[int, int, int, int]] = Counter(
+            (self.colour[v], p, self.colour[u], self.port_of[u, v])
+            for (v, u), p in self.port_of.items()
+        )
+        leading: dict[tuple[int, int], tuple[int, tuple[int, int]]] = {}
+        for (c, p, d, q), count in self.edges.items():
+            if count > leading.get((c, p), (0, (0, 0)))[0]:
+                leading[c, p] = count, (d, q)
+        self.ports = {
+            c: [_Port(table, leading[c, p][1]) for p, table in enumerate(row)]
+            for c, row in tables.items()
+        }
+        self.unary = {c: network.unary[v] for c, v in self.first.items()}
+        self.messages = {
+            (c, p): np.zeros(len(self.unary[c]))
+            for c, row in self.ports.items()
+            for p in range(len(row))
+        }
+        self.order = self._order()
+        self.rank = {c: n for n, c in enumerate(self.order)}
+
+    def _order(self) -> list[int]:
+        """Breadth first from the class with the most neighbours, so that chains stay chains."""
+        left = dict.fromkeys(sorted(self.ports, key=lambda c: -len(self.ports[c])))
+        order: list[int] = []
+        while left:
+            queue = [next(iter(left))]
+            del left[queue[0]]
+            for c in queue:
+                for port in self.ports[c]:
+                    if port.other[0] in left:
+                        del left[port.other[0]]
+                        queue.append(port.other[0])
+            order += queue
+        return order
+
+    def belief(self, c: int) -> Array:
+        """The costs of a class's states after the messages."""
+        total = self.unary[c]
+        for p in range(len(self.ports[c])):
+            total = total + self.messages[c, p]
+        return total
+
+    def moved(self, c: int, p: int, end: tuple[int, int]) -> Array:
+        """The costs of an edge after the messages, the far end being a class and port."""
+        table = self.ports[c][p].table.array
+        return table - self.messages[c, p][:, None] - self.messages[end][None, :]
+
+    def sweep(self, order: list[int], rank: dict[int, int], share: dict[int, float]) -> None:
+        """Pull and push once, class by class."""
+        for c in order:
+            ahead = []
+            for p, port in enumerate(self.ports[c]):
+                message = self.messages[port.other]
+                self.messages[c, p] = (port.table.array - message[None, :]).min(axis=1)
+                if rank[port.other[0]] > rank[c]:
+                    ahead.append(p)
+            if ahead:
+                part = share[c] * self.belief(c)
+                for p in ahead:
+                    self.messages[c, p] = self.messages[c, p] - part
+
+    def shares(self) -> dict[int, float]:
+        """The part of its cost that a class pushes on to each edge ahead."""
+        out = {}
+        for c, row in self.ports.items():
+            later = sum(self.rank[port.other[0]] > self.rank[c] for port in row)
+            out[c] = 1.0 / max(1, later, len(row) - later)
+        return out
+
+    def bound(self) -> float:
+        """The sum of all minima after the messages."""
+        total = self.network.constant
+        for c, count in self.members.items():
+            total += count * float(self.belief(c).min())
+        for (c, p, d, q), count in self.edges.items():
+            if (c, p) <= (d, q):  # an edge between two like ports is counted from both ends
+                part = 0.5 if (c, p) == (d, q) else 1.0
+                total += part * count * float(self.moved(c, p, (d, q)).min())
+        return total
+
+    def decode(self) -> dict[int, int]:
+        """A state for each class, one after the other against the moved costs, then polished."""
+        found: dict[int, int] = {}
+        for c in self.order:
+            costs = self.belief(c)
+            for p, port in enumerate(self.ports[c]):
+                table = self.moved(c, p, port.other)
+                other = found.get(port.other[0])
+                costs = costs + (table.min(axis=1) if other is None else table[:, other])
+            found[c] = int(np.argmin(costs))
+        return self._polish(found)
+
+    def _polish(self, found: dict[int, int]) -> dict[int, int]:
+        """Iterated conditional modes: change one class at a time while that helps."""
+        for _ in range(8):
+            changed = False
+            for c in self.order:
+                costs = self.unary[c]
+                for port in self.ports[c]:
+                    if port.other[0] != c:
+                        costs = costs + port.table.array[:, found[port.other[0]]]
+                best = int(np.argmin(costs))
+                if costs[best] < costs[found[c]] - 1e-9:
+                    found[c], changed = best, True
+            if not changed:
+                break
+        return found
+
+    def absorb(self) -> None:
+        """Write the messages into the network."""
+        network = self.network
+        if network.quantum:
+            for end, message in self.messages.items():
+                self.messages[end] = np.round(message / network.quantum) * network.quantum
+        unary = {c: self.belief(c) for c in self.members}
+        tables: dict[tuple[int, int, int, int], Table] = {}
+        for (v, u), p in self.port_of.items():
+            key = (self.colour[v], p, self.colour[u], self.port_of[u, v])
+            if key not in tables:
+                table = Table(self.moved(key[0], key[1], (key[2], key[3])))
+                tables[key] = table
+                tables[key[2], key[3], key[0], key[1]] = table.flip
+            network.near[v][u] = tables[key]
+            if key[:2] == key[2:]:  # like ports: both ends see the table from the same side
+                network.near[u][v] = tables[key].flip
+        network.unary = {v: unary[c] for v, c in self.colour.items()}
+
+
+def _classes(network: Network) -> tuple[dict[int, int], dict[int, int]]:
+    """A class for each variable, and the coarser classes of one step less."""
+    if len(network.unary) <= _SINGLE:
+        own = {v: v for v in network.unary}
+        return own, own
+    colour = _numbered({v: id(costs) for v, costs in network.unary.items()})
+    before = colour
+    for _ in range(_RADIUS):
+        keys = {
+            v: (colour[v], *sorted([(table.number, colour[u]) for u, table in row.items()]))
+            for v, row in network.near.items()
+        }
+        before, colour = colour, _numbered(keys)
+        if len(set(colour.values())) == len(set(before.values())):
+            break
+    return colour, before
+
+
+def _numbered(keys: Mapping[int, Hashable]) -> dict[int, int]:
+    table: dict[Hashable, int] = {}
+    return {v: table.setdefault(key, len(table)) for v, key in keys.items()}
 
 
 def tighten(network: Network, sweeps: int) -> tuple[float, dict[int, int]]:
     """Reparametrise in place; returns (lower bound, assignment of positions decoded on the way)."""
-    order = _order(network)
-    rank = {v: n for n, v in enumerate(order)}
-    back = {v: -n for v, n in rank.items()}
-    messages: Messages = {
-        (i, j): np.zeros(table.shape[1])
-        for i, row in network.near.items()
-        for j, table in row.items()
-    }
-    share = {}
-    for v in order:
-        later = sum(rank[u] > rank[v] for u in network.near[v])
-        share[v] = 1.0 / max(1, later, len(network.near[v]) - later)
+    lifted = _Lifted(network)
+    back = {c: -n for c, n in lifted.rank.items()}
+    share = lifted.shares()
     best_cost, bound = np.inf, -np.inf
     best: dict[int, int] = {}
     for sweep in range(max(1, sweeps)):
-        _pass(network, order, rank, share, messages)
-        _pass(network, order[::-1], back, share, messages)
+        lifted.sweep(lifted.order, lifted.rank, share)
+        lifted.sweep(lifted.order[::-1], back, share)
         if sweep % _EVERY == _EVERY - 1 or sweep == sweeps - 1:
-            found = _polish(network, _decode(network, order, messages))
+            by_class = lifted.decode()
+            found = {v: by_class[c] for v, c in lifted.colour.items()}
             cost = network.cost(found)
             if cost < best_cost:
                 best_cost, best = cost, found
-            after = _bound(network, messages)
+            after = lifted.bound()
             if after - bound <= _GAIN * max(1.0, abs(after)):
                 break
             bound = after
-    _absorb(network, messages)
+    lifted.absorb()
     return lower_bound(network), best
 
 
 def lower_bound(network: Network) -> float:
     """Constant and the sum of all minima."""
-    total = network.constant + sum(float(u.min()) for u in network.unary.values())
+    known: dict[int, float] = {}
+    total = network.constant
+    for costs in network.unary.values():
+        least = known.get(id(costs))
+        if least is None:
+            least = known[id(costs)] = float(costs.min(initial=4 * FORBIDDEN))
+        total += least
     for i, row in network.near.items():
-        total += sum(float(table.min()) for j, table in row.items() if i < j)
+        for j, table in row.items():
+            if i < j:
+                least = known.get(id(table))
+                if least is None:
+                    least = known[id(table)] = known[id(table.flip)] = table.least
+                total += least
     return total
 
 
 def exclude(network: Network, upper: float, tolerance: float) -> bool:
     """Drop states whose bound is above `upper`; True when any was dropped."""
     bound, changed = lower_bound(network), False
-    for i in list(network.unary):
-        own = network.unary[i] - network.unary[i].min()
-        for table in network.near[i].values():
-            own = own + (table.min(axis=1) - table.min())
-        good = bound + own <= upper + tolerance
-        if not good.all():
-            network.keep(i, good)
+    slack = upper + tolerance - bound
+    known: dict[Hashable, NDArray[np.bool_] | None] = {}
+    alive = []  # keys are identities: what they stand for stays
+    for i, costs in list(network.unary.items()):
+        tables = network.near[i].values()
+        key = (id(costs), *sorted(map(id, tables)))
+        if key not in known:
+            alive.append((costs, list(tables)))
+            own = costs - costs.min()
+            for table in tables:
+                own = own + (table.low - table.least)
+            good = own <= slack
+            known[key] = None if good.all() else good
+        mask = known[key]
+        if mask is not None:
+            network.keep(i, mask)
             changed = True
-            if not good.any():
+            if not mask.any():
                 network.constant = FORBIDDEN
                 return True
     return changed  # the bound has only risen meanwhile: what was excluded stays excluded
-
-
-def _order(network: Network) -> list[int]:
-    """Breadth first from the variable with the most neighbours, so that chains stay chains."""
-    left = dict.fromkeys(sorted(network.unary, key=lambda v: -len(network.near[v])))
-    order: list[int] = []
-    while left:
-        queue = [next(iter(left))]
-        del left[queue[0]]
-        for v in queue:
-            for u in network.near[v]:
-                if u in left:
-                    del left[u]
-                    queue.append(u)
-        order += queue
-    return order
-
-
-def _belief(network: Network, v: int, messages: Messages) -> Array:
-    total = network.unary[v]
-    for u in network.near[v]:
-        total = total + messages[u, v]
-    return total
-
-
-def _pass(
-    network: Network,
-    order: list[int],
-    rank: dict[int, int],
-    share: dict[int, float],
-    messages: Messages,
-) -> None:
-    for v in order:
-        ahead = []
-        for u, table in network.near[v].items():
-            messages[u, v] = (table - messages[v, u][None, :]).min(axis=1)
-            if rank[u] > rank[v]:
-                ahead.append(u)
-        if ahead:
-            part = share[v] * _belief(network, v, messages)
-            for u in ahead:
-                messages[u, v] = messages[u, v] - part
-
-
-def _decode(network: Network, order: list[int], messages: Messages) -> dict[int, int]:
-    found: dict[int, int] = {}
-    for v in order:
-        costs = _belief(network, v, messages)
-        for u in network.near[v]:
-            moved = _moved(network, messages, v, u)
-            costs = costs + (moved[:, found[u]] if u in found else moved.min(axis=1))
-        found[v] = int(np.argmin(costs))
-    return found
-
-
-def _moved(network: Network, messages: Messages, i: int, j: int) -> Array:
-    return network.near[i][j] - messages[j, i][:, None] - messages[i, j][None, :]
-
-
-def _bound(network: Network, messages: Messages) -> float:
-    total = network.constant
-    for i, row in network.near.items():
-        total += float(_belief(network, i, messages).min())
-        total += sum(float(_moved(network, messages, i, j).min()) for j in row if i < j)
-    return total
-
-
-def _absorb(network: Network, messages: Messages) -> None:
-    unary = {v: _belief(network, v, messages) for v in network.unary}
-    for i in list(network.near):
-        for j in network.near[i]:
-            if i < j:
-                table = _moved(network, messages, i, j)
-                network.near[i][j] = table
-                network.near[j][i] = table.T
-    network.unary = unary
-
-
-def _polish(network: Network, found: dict[int, int]) -> dict[int, int]:
-    """Iterated conditional modes: change one variable at a time while that helps."""
-    found = dict(found)
-    for _ in range(8):
-        changed = False
-        for v, costs in network.unary.items():
-            for u, table in network.near[v].items():
-                costs = costs + table[:, found[u]]
-            best = int(np.argmin(costs))
-            if costs[best] < costs[found[v]] - 1e-9:
-                found[v], changed = best, True
-        if not changed:
-            break
-    return found

@@ -14,7 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .place_network import Array, Network
-from .treewidth import Order, best_order
+from .treewidth import Order, best_order, eliminate
+
+#: variables above which one greedy rule has to do
+_LARGE = 1000
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,10 @@ class _Factor:
 
 
 def order_of(network: Network) -> Order:
-    """The best elimination order that the greedy rules find."""
+    """The best elimination order that the greedy rules find; the quickest rule in large networks."""
+    if len(network.unary) > _LARGE:
+        sizes = {v: len(u) for v, u in network.unary.items()}
+        return eliminate(network.near, sizes, "min-weight")
     return best_order(network.near, {v: len(u) for v, u in network.unary.items()})
 
 
@@ -32,7 +38,7 @@ def solve_by_elimination(network: Network, order: Sequence[int]) -> tuple[float,
     """The least cost and an assignment of positions that has it."""
     factors = [_Factor((v,), costs) for v, costs in network.unary.items()]
     for i, row in network.near.items():
-        factors += [_Factor((i, j), table) for j, table in row.items() if i < j]
+        factors += [_Factor((i, j), table.array) for j, table in row.items() if i < j]
     total = network.constant
     buckets: dict[int, list[_Factor]] = {v: [] for v in order}
     rank = {v: n for n, v in enumerate(order)}

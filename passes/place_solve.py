@@ -27,8 +27,8 @@ from .place_network import FORBIDDEN, WITNESSES, Network, reduce
 TABLE_LOG10 = 7.0
 #: most additions of an elimination: about 2 s
 WORK_LOG10 = 8.7
-#: sweeps of the rounds of tightening: the first ones are few, as excluding states makes sweeps cheap
-_SWEEPS = (20, 40, 60, 60, 60)
+#: most sweeps of the rounds of tightening: a first round that ends early leaves classes less alike
+_SWEEPS = (100, 60, 60, 60, 60)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def solve(network: Network, limit_s: float = 30.0) -> Solution | None:
     start = time.perf_counter()
     width = order_of(network).width
     search = _Search(start + limit_s)
-    search.visit(network.clone())
+    search.visit(network.rounded())
     if search.best is None:
         return None
     search.bound = min(search.bound, search.upper)
@@ -156,7 +156,7 @@ class _Search:
         for count in (8, 6, 4, 3, 2):
             small = network.clone()
             for v in list(small.unary):
-                promise = small.unary[v] + sum(t.min(axis=1) for t in small.near[v].values())
+                promise = small.unary[v] + sum(t.low for t in small.near[v].values())
                 small.keep(v, np.sort(np.argsort(promise, kind="stable")[:count]))
             reduce(small)
             if not small.feasible():
@@ -181,7 +181,7 @@ class _Search:
         """Split the states of the variable that costs elimination most."""
         v = max(network.unary, key=lambda v: (
             np.log(len(network.unary[v])) * len(network.near[v]), -v))  # fmt: skip
-        promise = network.unary[v] + sum(t.min(axis=1) for t in network.near[v].values())
+        promise = network.unary[v] + sum(t.low for t in network.near[v].values())
         ranked = np.argsort(promise, kind="stable")
         middle = max(1, len(ranked) // 2)
         for half in (ranked[:middle], ranked[middle:]):
