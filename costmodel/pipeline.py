@@ -9,7 +9,6 @@ the same slots; see `tests/costmodel/test_pipeline.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
