@@ -23,6 +23,7 @@ CODES: dict[str, str] = {
     "W0306": "trace: a size is out of the bounds of its dynamic dim",
     "W0401": "plan: an op cannot be split as asked",
     "W0402": "plan: no placement satisfies the constraints",
+    "W0404": "plan: the program cannot be cut into micro-batches or stages as asked",
     "W0501": "cluster: the cluster specification is not understood",
     "W0601": "pass: unknown pass or option",
     "W0602": "pass: a pass failed",

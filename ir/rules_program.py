@@ -12,8 +12,10 @@ from .type_text import near
 from .types import DTYPES, TensorType
 
 #: What the parameters and results of the entry function may be.
-PARAM_ROLES = frozenset({"param", "buffer", "state", "input", "lr", "seed", "tangent", "grad"})
-RESULT_ROLES = frozenset({"loss", "output", "update", "grad", "backward"})
+PARAM_ROLES = frozenset({
+    "param", "buffer", "state", "input", "lr", "seed", "tangent", "grad", "received",
+})  # fmt: skip
+RESULT_ROLES = frozenset({"loss", "output", "update", "grad", "backward", "sent"})
 
 
 def _level(module: Module) -> Iterator[Violation]:

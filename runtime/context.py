@@ -82,6 +82,15 @@ class OpContext:
         return signature_of(self.op)
 
     @cached_property
+    def part(self) -> tuple[str, int, int] | None:
+        """(iteration dim, first, total) where the op is a part of a larger one."""
+        part = self.attrs.get("part")
+        if not isinstance(part, tuple) or not part:
+            return None
+        name, start, total = part
+        return str(name), int(start), int(total)  # type: ignore[arg-type]
+
+    @cached_property
     def _states(self) -> tuple[str, ...]:
         return tuple(self.op.split.get(name, "") for name in self.mesh.names)
 
@@ -103,6 +112,8 @@ class OpContext:
         found = self._ranges.get(dim)
         if found is None:
             offset, size = 0, self.signature.size(dim)
+            if self.part and self.part[0] == dim:
+                offset = self.part[1]
             for state, parts, index in zip(self._states, self.mesh.sizes, self.coord, strict=True):
                 if state == dim:
                     offset += shard_offset(size, parts, index)
@@ -116,7 +127,7 @@ class OpContext:
 
     def size(self, dim: str) -> int:
         """Global size of an iteration dim."""
-        return self.signature.size(dim)
+        return self.part[2] if self.part and self.part[0] == dim else self.signature.size(dim)
 
     def shape(self, result: int = 0) -> tuple[int, ...]:
         """Local shape of a result."""
@@ -132,6 +143,8 @@ class OpContext:
         out = torch.zeros((), dtype=torch.int64, device=device or self.device)
         for dim, total in enumerate(type.shape):
             offset, size = local_range(type, self.mesh, self.coord, dim)
+            if self.part and self.part[0] in self.signature.results[tensor][dim]:
+                offset, total = offset + self.part[1], self.part[2]
             line = torch.arange(offset, offset + size, device=out.device)
             out = (out * total).unsqueeze(-1) + line
         return out

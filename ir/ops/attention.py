@@ -9,7 +9,7 @@ from ..module import Attr, Op
 from ..opdef import AttrSpec, define
 from ..signature import Shape, Signature, instantiate
 from ..types import B, P, TensorType
-from .creation import random_words, to_uniform
+from .creation import PART, random_words, to_uniform
 
 _Q, _K, _V, _OUT = "b (g r) s d", "b g t d", "b g t e", "b (g r) s e"
 _MASK, _LSE = "b? (g r)? s? t?", "b (g r) s"
@@ -18,6 +18,7 @@ _ATTRS = {
     "scale": AttrSpec("float", doc="factor of the scores"),
     "mask": AttrSpec("bool", False, "a mask operand follows v: bool (may see) or added scores"),
     "dropout": AttrSpec("float", 0.0, "probability; above 0 a seed operand comes last"),
+    **PART,
 }
 
 

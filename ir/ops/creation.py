@@ -16,6 +16,10 @@ from ..opdef import AttrSpec, define
 from ..signature import Shape, Signature, instantiate
 from ..types import FLOATS, TensorType
 
+#: An op whose values depend on their position, on a part of its iterations: set where a batch is
+#: computed in micro-batches, so that they get the numbers of the whole batch.
+PART = {"part": AttrSpec("any", (), "(iteration dim, first, total): a part of a larger op")}
+
 
 def _created(ins: Sequence[Shape], outs: Sequence[Shape], attrs: Mapping[str, Attr]) -> Signature:
     return instantiate(", ".join("_" for _ in ins) + " -> a...", ins, outs)
@@ -35,7 +39,12 @@ define(name="constant", family="creation", flops_per_point=0,
 def _literal_verify(op: Op) -> str:
     values = op.attrs["values"]
     count = len(values) if isinstance(values, tuple) else -1
-    return "" if count == op.result.type.numel else f"{count} values for {op.result.type}"
+    wanted = op.result.type.numel
+    part = op.attrs.get("part")
+    if isinstance(part, tuple) and part:
+        size = op.result.type.shape[int(str(part[0])[1:])]
+        wanted = wanted // size * int(part[2])  # type: ignore[arg-type]
+    return "" if count == wanted else f"{count} values for {op.result.type}"
 
 
 def _literal(c: Any) -> Any:
@@ -45,7 +54,7 @@ def _literal(c: Any) -> Any:
 
 define(name="literal", family="creation", flops_per_point=0, verify=_literal_verify,
        doc="a small tensor written out in row-major order", signature=_created,
-       attrs={"values": AttrSpec("any", doc="in row-major order")}, ref=_literal)  # fmt: skip
+       attrs={"values": AttrSpec("any", doc="in row-major order"), **PART}, ref=_literal)  # fmt: skip
 
 
 def _iota(c: Any) -> Any:
@@ -68,7 +77,7 @@ define(name="iota", family="creation", verify=_iota_verify, flops_per_point=1,
        doc="start + step * (position along `dim`)", signature=_created, ref=_iota,
        attrs={"dim": AttrSpec("int", 0, doc="a tensor dim, >= 0"),
               "start": AttrSpec("any", 0, doc="the first"),
-              "step": AttrSpec("any", 1, doc="the distance")})  # fmt: skip
+              "step": AttrSpec("any", 1, doc="the distance"), **PART})  # fmt: skip
 
 _M0, _M1, _W0, _W1 = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
@@ -136,13 +145,13 @@ def _float_verify(op: Op) -> str:
 
 
 define(name="uniform", family="random", verify=_float_verify,
-       flops_per_point=60, signature=_created, ref=_uniform,
+       flops_per_point=60, signature=_created, ref=_uniform, attrs=PART,
        doc="uniform numbers in [0, 1) from a seed (i64 scalar) and the logical position")  # fmt: skip
 define(name="normal", family="random", verify=_float_verify,
-       flops_per_point=90, signature=_created, ref=_normal,
+       flops_per_point=90, signature=_created, ref=_normal, attrs=PART,
        doc="standard normal numbers from a seed and the logical position (Box-Muller)")  # fmt: skip
 define(name="dropout", family="random", flops_per_point=62, signature="a..., _ -> a...",
-       linear=((0,),), attrs={"p": AttrSpec("float", doc="probability of a 0")},
+       linear=((0,),), attrs={"p": AttrSpec("float", doc="probability of a 0"), **PART},
        types=_scalar_types, dtypes="fi", ref=_dropout,
        doc="x / (1 - p) where a uniform number is >= p, else 0; the same call on dy is its "
            "gradient")  # fmt: skip
