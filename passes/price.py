@@ -78,14 +78,17 @@ def _peak(module: Module, mesh: Mesh) -> int:
                 if op.name == "call":
                     name = str(op.attrs["callee"])
                     inner[name] = visit(module.function(name))
-            peaks[function.name] = _function_peak(function, mesh, inner)
+            peaks[function.name] = function_peak(function, mesh, inner)
         return peaks[function.name]
 
     return visit(module.entry)
 
 
-def _function_peak(function: Function, mesh: Mesh, inner: dict[str, int]) -> int:
-    """Liveness over the ops; views share the bytes of their operand and are not counted."""
+def function_peak(function: Function, mesh: Mesh, inner: dict[str, int]) -> int:
+    """Most bytes that the values of a placed function's ops hold at a time; `inner` of its callees.
+
+    Views share the bytes of their operand and are not counted.
+    """
     last: dict[str, int] = {}
     for index, op in enumerate(function.ops):
         last.update((value.name, index) for value in op.operands)
