@@ -3,13 +3,14 @@
 # make lint   types, style, direction of imports
 # make bench  every benchmark, in short; fails when a target is missed
 # make cluster-bench  real plans on emulated hosts next to their prediction (root; some minutes)
+# make plan-bench  weft's plans against DDP, FSDP2 and DTensor on emulated hosts (root; some minutes)
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint setup bench cluster-bench clean
+.PHONY: demo test lint setup bench cluster-bench plan-bench clean
 
 setup: $(STAMP)
 
@@ -37,6 +38,9 @@ bench: setup
 
 cluster-bench: setup
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cluster/bench.py --plans
+
+plan-bench: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cluster/plan_bench.py
 
 clean:
 	rm -rf $(VENV) out demo-out build dist *.egg-info src/*.egg-info
