@@ -47,7 +47,7 @@ def default_pipeline(kind: str, cluster: str, mesh: str = "") -> str:
         "joint": "simplify",
     }[kind]
     place = f"place[cluster={json.dumps(cluster)}{f' mesh={json.dumps(mesh)}' if mesh else ''}]"
-    return f"{first},{place},lower,fuse,schedule"
+    return f"{first},{place},lower,fuse,coalesce,schedule"
 
 
 class Progress:

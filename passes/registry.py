@@ -6,6 +6,7 @@ To add a pass: write it in a file of its own, import it here, and put it into `_
 from __future__ import annotations
 
 from .base import Pass
+from .coalesce import Coalesce
 from .fuse import Fuse
 from .inline import Inline
 from .lower import Lower
@@ -24,6 +25,7 @@ _ORDER: tuple[type[Pass], ...] = (
     RandomPlace,
     Lower,
     Fuse,
+    Coalesce,
     Schedule,
 )
 
