@@ -70,7 +70,7 @@ def step_us(order: Order, times: ChunkTimes) -> Array:
         free[stage] = end
         done[phase, micro, number] = end
     ends = [free[stage] + times.update[..., stage] for stage in range(stages)]
-    return np.maximum.reduce(ends)
+    return np.asarray(np.maximum.reduce(ends))
 
 
 def _before(phase: str, number: int, chunks: int) -> int | None:
@@ -85,7 +85,8 @@ def _sequence(order: Order) -> tuple[tuple[int, Slot], ...]:
     """All slots such that each comes behind what it waits for. Raises CompileError W0404."""
     stages = len(order)
     chunks = 1 + max(chunk * stages + s for s, slots in enumerate(order) for _, _, chunk in slots)
-    next_of, out = [0] * stages, []
+    next_of = [0] * stages
+    out: list[tuple[int, Slot]] = []
     done: set[Slot] = set()
     while len(out) < sum(map(len, order)):
         before_round = len(out)
@@ -150,7 +151,7 @@ def lower_bound_us(micro: int, stages: int, times: ChunkTimes) -> Array:
                  for s in range(stage + 1)]  # fmt: skip
         bounds.append(there[..., stage] + work + np.maximum.reduce(after))
     through = (f + b).sum(-1) + (a + g).sum(-1) + times.update[..., 0]
-    return np.maximum.reduce([*bounds, through])
+    return np.asarray(np.maximum.reduce([*bounds, through]))
 
 
 def _sums_before(values: Array, count: int) -> Array:
