@@ -15,7 +15,7 @@ from .types import TensorType
 _UNFIT = (ValueError, KeyError, IndexError, TypeError, AssertionError, ArithmeticError)
 #: (operands, results) of ops without a signature; None: any number.
 _COUNTS: dict[str, tuple[int | None, int | None]] = {
-    "call": (None, None), "aten": (None, None), "free": (None, 0), "send": (1, 0), "recv": (0, 1),
+    "call": (None, None), "aten": (None, None), "free": (None, 0), "recv": (0, 1),
 }  # fmt: skip
 #: Families whose results have the dtype of their first operand where no rule says it.
 _SAME_DTYPE = ("movement", "contraction", "indexing")

@@ -15,6 +15,8 @@ from ..ir.ops import OPS
 from .base import Pass
 from .inline import inline
 
+#: placed by `stage_schedule`, in an order that all stages share
+_MESSAGES = frozenset({"send", "recv"})
 #: collectives whose result is larger than their operand: started late, to keep memory low
 _GROWING = frozenset({"all_gather"})
 #: ops outside the movement, control and collective families whose result may be an operand's memory
@@ -65,7 +67,9 @@ class Schedule(Pass):
 
 
 def is_asynchronous(op: Op) -> bool:
-    """Can an op be started here and waited for later?"""
+    """Can an op be started here and waited for later? Messages between stages stay where they are."""
+    if op.name in _MESSAGES:
+        return False
     return "async" in OPS[op.name].attrs and len(op.operands) == 1 and len(op.results) == 1
 
 

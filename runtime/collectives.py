@@ -122,7 +122,8 @@ def lse_combine(values: Ranks, mesh: Mesh, axes: Sequence[str]) -> list[Tensor]:
     return over_groups(values, mesh, axes, lambda g: [torch.stack(g).logsumexp(0)] * len(g))
 
 
-Mailbox = dict[tuple[int, int], list[list[Tensor]]]
+#: (sending stage, receiving stage, tag) -> messages under way
+Mailbox = dict[tuple[int, int, int], list[list[Tensor]]]
 
 
 def run_collective(
@@ -133,7 +134,7 @@ def run_collective(
     Args:
         op: the op; its axis and other attributes say what to do.
         values: the operand on every rank; empty for `recv`.
-        mail: messages under way, by (receiving stage, tag).
+        mail: messages under way.
         stage: the stage that runs the op; the mesh holds the ranks of one stage.
 
     Raises RunError W0803 when nothing was sent that a `recv` could receive.
@@ -160,9 +161,9 @@ def _message(op: Op, values: Ranks, mail: Mailbox, stage: int) -> list[Tensor]:
     tag = int(op.attrs.get("tag", 0))  # type: ignore[arg-type]
     if op.name == "send":
         to = int(op.attrs["to"])  # type: ignore[arg-type]
-        mail.setdefault((to, tag), []).append(list(values))
+        mail.setdefault((stage, to, tag), []).append(list(values))
         return list(values)
-    waiting = mail.get((stage, tag))
+    waiting = mail.get((int(op.attrs["source"]), stage, tag))  # type: ignore[arg-type]
     if not waiting:
         raise RunError("W0803", f"stage {stage} receives tag {tag}, which nothing has sent")
     return waiting.pop(0)

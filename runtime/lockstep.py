@@ -28,7 +28,7 @@ _COMMUNICATION = frozenset(name for name, op in OPS.items() if op.family == "col
 }  # fmt: skip
 
 
-class _Frame:
+class Frame:
     """The values of one function call, and why the missing ones are missing."""
 
     def __init__(self, function: Function) -> None:
@@ -92,7 +92,7 @@ class Lockstep:
 
     def run(self, function: Function, operands: Sequence[Ranks]) -> list[Ranks]:
         """Values of the results, given those of the parameters."""
-        frame = _Frame(function)
+        frame = Frame(function)
         for param, ranks in zip(function.params, operands, strict=True):
             frame.values[param.name] = ranks
         for op, dropped in zip(function.ops, function.last_uses(), strict=True):
@@ -103,7 +103,7 @@ class Lockstep:
             raise frame.error(None, f"%{next(iter(frame.started))} is never waited for")
         return [frame.read(None, value) for value in function.results]
 
-    def step(self, frame: _Frame, op: Op) -> None:
+    def step(self, frame: Frame, op: Op) -> None:
         """Run one op and record its results."""
         if op.name == "free":
             for value in op.operands:
@@ -122,7 +122,7 @@ class Lockstep:
             for index in OVERWRITES.get(op.name, ()):
                 frame.end(op, op.operands[index].name, "was overwritten in place")
 
-    def _wait(self, frame: _Frame, op: Op) -> None:
+    def _wait(self, frame: Frame, op: Op) -> None:
         for value in op.operands:
             if frame.started.pop(value.name, None) is None:
                 raise frame.error(op, f"%{value.name} is waited for, but was not started")
@@ -160,4 +160,4 @@ class Lockstep:
         return scatter(whole, op.result.type, self.mesh, noise=self.noise)
 
 
-__all__ = ["Lockstep"]
+__all__ = ["Frame", "Lockstep"]
