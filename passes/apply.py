@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from ..ir.errors import CompileError
 from ..ir.module import NOWHERE, Function, Location, Module, Namer, Op, Value
 from ..ir.opdef import OPS, signature_of
-from ..ir.types import B, Mesh, Placement, illegal_placement
+from ..ir.types import B, Mesh, illegal_placement
 from .reshard import Placements
 
 
@@ -43,11 +43,36 @@ class FunctionChoices:
     results: tuple[Placements, ...] = ()
 
 
+#: phases of the entry's ops that run once for each micro-batch
+LOOP = frozenset({"forward", "backward"})
+#: roles of the entry's parameters that each micro-batch has its own part of
+BATCHED = frozenset({"input", "tangent"})
+#: roles of the entry's results that are added up over the micro-batches, or made after them
+ACCUMULATED = frozenset({"loss", "grad", "update"})
+
+#: a reader of a value of the entry: the value's name and the op's index (~j for result j)
+Again = tuple[str, int]
+
+
 @dataclass(frozen=True)
 class Choices:
-    """All choices that make a logical module a placed one: function name -> its choices."""
+    """All choices that make a logical module a placed one.
+
+    Attributes:
+        functions: function name -> its choices.
+        clones: name of a copy of a function -> the function. Copies have choices of their own.
+        callees: (caller, op index) -> the copy that is called there.
+        again: readers in the entry that reshard for themselves what others need as well: a
+            parameter that is gathered again in the backward pass.
+        phases: of each op of the entry, where forward and backward ops run several times in a step.
+            What runs in different phases then shares no copies, unless they are kept for the step.
+    """
 
     functions: Mapping[str, FunctionChoices] = field(default_factory=dict)
+    clones: Mapping[str, str] = field(default_factory=dict)
+    callees: Mapping[tuple[str, int], str] = field(default_factory=dict)
+    again: frozenset[Again] = frozenset()
+    phases: tuple[str, ...] | None = None
 
 
 def apply(module: Module, mesh: Mesh, choices: Choices) -> Module:
@@ -56,11 +81,23 @@ def apply(module: Module, mesh: Mesh, choices: Choices) -> Module:
     Raises CompileError W0401 for a split that an op does not allow, W0402 for a placement that a
     tensor cannot have.
     """
-    placed = {f.name: _Interface.of(f, mesh, choices) for f in module.functions}
-    functions = tuple(
-        _Applier(function, mesh, choices, placed).run() for function in module.functions
-    )
-    return module.with_(level="placed", mesh=mesh, functions=functions)
+    return apply_phased(module, mesh, choices)[0]
+
+
+def apply_phased(
+    module: Module, mesh: Mesh, choices: Choices
+) -> tuple[Module, tuple[str, ...] | None]:
+    """The placed module, and the phases of its entry's ops if the choices have those."""
+    copies: dict[str, list[Function]] = {}
+    for name, original in choices.clones.items():
+        copies.setdefault(original, []).append(module.function(original).with_(name=name))
+    functions = [f for g in module.functions for f in (g, *copies.get(g.name, ()))]
+    placed = {f.name: _Interface.of(f, mesh, choices) for f in functions}
+    first = functions[0]
+    appliers = [_Applier(f, mesh, choices, placed, entry=f is first) for f in functions]
+    done = tuple(applier.run() for applier in appliers)
+    phases = tuple(appliers[0].placed_phases) if choices.phases is not None else None
+    return module.with_(level="placed", mesh=mesh, functions=done), phases
 
 
 def _pick(table: Sequence[Placements], index: int, mesh: Mesh) -> Placements:
@@ -109,14 +146,21 @@ class _Applier:
         mesh: Mesh,
         choices: Choices,
         interfaces: Mapping[str, _Interface],
+        *,
+        entry: bool,
     ) -> None:
         self.function, self.mesh, self.interfaces = function, mesh, interfaces
+        self.callees = choices.callees
+        self.again = choices.again if entry else frozenset()
+        self.phases = choices.phases if entry else None
+        self.placed_phases: list[str] = []
+        self.made = {v.name: i for i, op in enumerate(function.ops) for v in op.results}
         self.chosen = choices.functions.get(function.name, FunctionChoices())
         taken = [p.name for p in function.params]
         taken += [result.name for op in function.ops for result in op.results]
         self.namer = Namer(tuple(taken))
         self.values: dict[str, Value] = {}
-        self.copies: dict[tuple[str, Placements], Value] = {}
+        self.copies: dict[tuple[str, Placements, str, int | None], Value] = {}
         self.ops: list[Op] = []
 
     def run(self) -> Function:
@@ -133,15 +177,17 @@ class _Applier:
             _place(value, placement, self.mesh, f"result of @{function.name}")
         made_at = {value.name: op.loc for op in function.ops for value in op.results}
         results = tuple(
-            self._read(value, placement, made_at.get(value.name, NOWHERE))
-            for value, placement in zip(function.results, interface.results, strict=True)
+            self._read(value, placement, made_at.get(value.name, NOWHERE), ~j)
+            for j, (value, placement) in enumerate(
+                zip(function.results, interface.results, strict=True)
+            )
         )
         return function.with_(params=params, ops=tuple(self.ops), results=results)
 
     def _op(self, index: int, op: Op) -> None:
         states, ins, outs = self._placements(index, op)
         operands = tuple(
-            self._read(value, placement, op.loc)
+            self._read(value, placement, op.loc, index)
             for value, placement in zip(op.operands, ins, strict=True)
         )
         results = tuple(
@@ -150,7 +196,16 @@ class _Applier:
         )
         self.values.update((value.name, value) for value in results)
         split = {name: state for name, state in zip(self.mesh.names, states, strict=True) if state}
-        self.ops.append(op.with_(operands=operands, results=results, split=split))
+        callee = self.callees.get((self.function.name, index))
+        attrs = op.attrs if callee is None else {**op.attrs, "callee": callee}
+        self._append(
+            op.with_(operands=operands, results=results, split=split, attrs=attrs),
+            self.phases[index] if self.phases is not None else "",
+        )
+
+    def _append(self, op: Op, phase: str) -> None:
+        self.ops.append(op)
+        self.placed_phases.append(phase)
 
     def _placements(
         self, index: int, op: Op
@@ -161,7 +216,8 @@ class _Applier:
         states = self.chosen.splits[index] if index < len(self.chosen.splits) else ()
         states = states or nothing
         if op.name == "call":
-            callee = self.interfaces[str(op.attrs["callee"])]
+            name = self.callees.get((self.function.name, index), str(op.attrs["callee"]))
+            callee = self.interfaces[name]
             return nothing, callee.params, callee.results
         if OPS[op.name].signature is None:
             if states != nothing:
@@ -187,17 +243,45 @@ class _Applier:
             _place(value, placement, self.mesh, f"value of {op.name}")
         return states, ins, outs
 
-    def _read(self, value: Value, placement: tuple[Placement, ...], loc: Location) -> Value:
-        """The value under a placement, resharded where it is held otherwise."""
+    def _read(self, value: Value, placement: Placements, loc: Location, reader: int) -> Value:
+        """The value under a placement, resharded where it is held otherwise.
+
+        Args:
+            reader: index of the op that reads it, ~j for result j.
+        """
         held = self.values[value.name]
         if held.type.placement == placement:
             return held
-        key = (value.name, placement)
+        own = (value.name, reader) in self.again
+        group, phase = self._phase(value, reader, own)
+        key = (value.name, placement, group, reader if own else None)
         if key not in self.copies:
             copy = Value(self.namer(f"{value.name}_r"), held.type.placed(placement))
-            self.ops.append(Op("reshard", (held,), (copy,), loc=loc))
+            self._append(Op("reshard", (held,), (copy,), loc=loc), phase)
             self.copies[key] = copy
         return self.copies[key]
 
+    def _phase(self, value: Value, reader: int, own: bool) -> tuple[str, str]:
+        """(which readers share a copy, the phase of its reshard)."""
+        if self.phases is None:
+            return "", ""
+        made = self.made.get(value.name)
+        if reader >= 0:
+            phase = self.phases[reader]
+        else:
+            role = self.function.result_attrs[~reader].get("role")
+            late = role in ACCUMULATED or made is None
+            phase = "update" if late else self.phases[made or 0]
+        if phase not in LOOP:
+            return "late", phase
+        if made is None:
+            (role,) = (a.get("role") for p, a in zip(
+                self.function.params, self.function.param_attrs, strict=True)
+                if p.name == value.name)  # fmt: skip
+            constant = role not in BATCHED
+        else:
+            constant = self.phases[made] not in LOOP
+        return ("loop", "before") if constant and not own else ("loop", phase)
 
-__all__ = ["Choices", "FunctionChoices", "apply"]
+
+__all__ = ["ACCUMULATED", "BATCHED", "LOOP", "Again", "Choices", "FunctionChoices", "apply", "apply_phased"]

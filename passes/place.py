@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from math import inf, prod
 from typing import ClassVar
@@ -30,9 +30,12 @@ from ..costmodel.cluster import Cluster, meshes, parse_cluster
 from ..ir.errors import CompileError
 from ..ir.module import Module
 from ..ir.types import Mesh
-from .apply import Choices, apply
+from .apply import Choices, FunctionChoices, apply_phased
 from .base import Pass
-from .place_model import Near, PlacementModel
+from .constraints import Constraints, Rule
+from .place_body import Path
+from .place_model import Decoded, Near, PlacementModel, Runs
+from .place_refuse import check_axes, conflict, over_cap, unused
 from .place_solve import Solution, solve
 from .price import Price, price
 
@@ -46,7 +49,11 @@ _POWERS, _BISECTIONS = range(-3, 4), 2
 #: meshes with more axes are searched by descent: with 3 axes a hub of a 4-dim tensor has 27,000
 #: states
 JOINT_AXES = 2
+#: programs of so few ops are searched over all axes at once
+JOINT_OPS = 16
 _ROUNDING = 1e-6
+#: relative difference of a plan's price to the search's objective that is rounding
+_DRIFT = 1e-6
 #: a round of descent over all pairs that gains less is the last
 _ENOUGH = 1e-3
 
@@ -104,6 +111,8 @@ class PlacementResult:
         objective_us: the search's own objective without the price of memory.
         lower_bound_us: its lower bound on this mesh.
         report: one entry per candidate mesh, the chosen one first.
+        phases: of each op of the placed entry: `before`, `forward`, `backward` or `update`; None
+            where none were given.
     """
 
     mesh: Mesh
@@ -113,6 +122,7 @@ class PlacementResult:
     objective_us: float
     lower_bound_us: float
     report: tuple[MeshReport, ...]
+    phases: tuple[str, ...] | None = None
 
 
 def search(
@@ -121,24 +131,34 @@ def search(
     candidates: Sequence[Mesh] | None = None,
     *,
     limit_s: float = 60.0,
+    constraints: Constraints = Constraints(),
 ) -> PlacementResult:
     """The fastest placement of a logical module that fits, over candidate meshes.
 
     Args:
         candidates: meshes to try; `meshes(cluster)` by default.
         limit_s: time after which a mesh's search returns its best placement with its gap.
+        constraints: what the placement must obey.
 
     Raises:
         CompileError: W0402 where no mesh gives a legal placement, or parameters and optimizer
-            states do not fit on any.
+            states do not fit on any, or constraints contradict each other or are about nothing.
     """
-    found = []
-    for mesh in candidates or meshes(cluster):
-        result = search_mesh(module, mesh, cluster, limit_s=limit_s)
+    found, refused = [], None
+    tried = candidates or meshes(cluster)
+    check_axes(constraints, tried)
+    for mesh in tried:
+        try:
+            result = search_mesh(module, mesh, cluster, limit_s=limit_s, constraints=constraints)
+        except CompileError as error:
+            if error.code != "W0402":
+                raise
+            refused = error
+            continue
         if result is not None:
             found.append(result)
     if not found:
-        raise CompileError(
+        raise refused or CompileError(
             "W0402", f"no placement on {cluster} is legal",
             reason="every candidate mesh leaves some op without a legal split",
             hint="use fewer devices",
@@ -155,10 +175,7 @@ def search(
             hint="use more devices, or fewer optimizer states",
         )
     reports = tuple(report for result in found for report in result.report)
-    return PlacementResult(
-        best.mesh, best.choices, best.placed, best.price, best.objective_us,
-        best.lower_bound_us, reports,
-    )  # fmt: skip
+    return replace(best, report=reports)
 
 
 def search_mesh(
@@ -168,14 +185,29 @@ def search_mesh(
     *,
     limit_s: float = 60.0,
     joint_axes: int = JOINT_AXES,
+    phases: Sequence[str] | None = None,
+    micro: int = 1,
+    constraints: Constraints = Constraints(),
 ) -> PlacementResult | None:
     """The fastest placement on one mesh that fits, or the one of least memory; None if none is legal.
 
     Args:
         joint_axes: meshes with more axes than this are searched by descent over pairs of axes.
+        phases: of each op of the entry (`micro.TimeSplit.phases`): forward and backward ops run for
+            each micro-batch, the others once.
+        micro: number of micro-batches; the module is the program of one.
+        constraints: what the placement must obey. One that is about an axis that the mesh does not
+            have says nothing.
+
+    Raises:
+        CompileError: W0402 where constraints contradict each other, with a least set of them, or one
+            is about nothing in the program, or the memory cap cannot be kept.
     """
-    task = _Task(module, mesh, cluster, limit_s, joint_axes)
+    runs = Runs(tuple(phases) if phases is not None else None, micro)
+    task = _Task(module, mesh, cluster, limit_s, joint_axes, runs, constraints)
     best = task.attempt(0.0)
+    if best is None and task.chosen.rules:
+        raise conflict(task.chosen.rules, lambda rules: task.legal(rules))
     if best is None or best.report[0].fits:
         return best
     # time over peak is the price at which all memory would cost as much as the step takes
@@ -199,6 +231,9 @@ def search_mesh(
             high, frugal = middle, min(frugal, result, key=lambda r: r.objective_us)
         else:
             low = middle
+    cap = constraints.memory_bytes
+    if cap is not None and not frugal.report[0].fits:
+        raise over_cap(constraints, frugal.price.peak_bytes)
     return frugal
 
 
@@ -211,13 +246,30 @@ class _Task:
     cluster: Cluster
     limit_s: float
     joint_axes: int
+    runs: Runs
+    constraints: Constraints
 
     def __post_init__(self) -> None:
         self.start = time.perf_counter()
-        self.joint = len(self.mesh.axes) <= self.joint_axes
+        self.chosen = self.constraints.on(self.mesh)
+        few = sum(len(function.ops) for function in self.module.functions) <= JOINT_OPS
+        self.joint = few or len(self.mesh.axes) <= self.joint_axes
         self.model: PlacementModel | None = None
         if self.joint:
-            self.model = PlacementModel(self.module, self.mesh, self.cluster)
+            self.model = self._model(None)
+            unused(self.model.unused, self.module)
+
+    def _model(self, near: Near | None) -> PlacementModel:
+        return PlacementModel(
+            self.module, self.mesh, self.cluster, near, self.chosen, self.runs
+        )
+
+    def legal(self, rules: Sequence[Rule]) -> bool:
+        """Is there a placement that obeys some of the constraints?"""
+        model = PlacementModel(
+            self.module, self.mesh, self.cluster, None, Constraints(tuple(rules)), self.runs
+        )
+        return solve(model.weighted(0.0), self.limit_s) is not None
 
     def attempt(self, us_per_byte: float) -> PlacementResult | None:
         """The best placement at a price of memory."""
@@ -225,43 +277,52 @@ class _Task:
             solution = solve(self.model.weighted(us_per_byte), self.limit_s)
             if solution is None:
                 return None
-            return self._result(self.model, solution, us_per_byte, None)
+            decoded = self.model.plan(solution.states)
+            return self._result(self.model, decoded, solution, us_per_byte, None)
         return self._descend(us_per_byte)
 
     def _descend(self, us_per_byte: float) -> PlacementResult | None:
         """Exact searches over two axes at a time, the others kept, until none of them helps."""
-        choices, best, cost = Choices(), None, inf
-        bound_us = 0.0
+        chosen: Mapping[Path, FunctionChoices] = {}
+        best, cost, bound_us = None, inf, 0.0
         while True:
             before = cost
             for free in combinations(range(len(self.mesh.axes)), 2):
-                near = Near(choices, frozenset(free))
-                model = PlacementModel(self.module, self.mesh, self.cluster, near)
+                model = self._model(Near(chosen, frozenset(free)))
                 bound_us = bound_us or model.least_compute_us()
                 solution = solve(model.weighted(us_per_byte), self.limit_s)
                 if solution is None:
                     return best
                 if solution.cost < cost:
-                    choices, cost = model.choices(solution.states), solution.cost
-                    best = self._result(model, solution, us_per_byte, bound_us)
+                    decoded = model.plan(solution.states)
+                    chosen, cost = decoded.chosen, solution.cost
+                    best = self._result(model, decoded, solution, us_per_byte, bound_us)
             if cost >= before * (1 - _ENOUGH) or time.perf_counter() - self.start > self.limit_s:
                 return best
 
     def _result(
         self,
         model: PlacementModel,
+        decoded: Decoded,
         solution: Solution,
         us_per_byte: float,
         bound_us: float | None,
     ) -> PlacementResult:
-        choices = model.choices(solution.states)
-        placed = apply(self.module, self.mesh, choices)
-        cost = price(placed, self.cluster)
+        placed, phases = apply_phased(self.module, self.mesh, decoded.choices)
+        cost = price(placed, self.cluster, phases, self.runs.micro)
         memory_us = model.memory_term_us(solution.states, us_per_byte)
-        time_us = solution.cost - memory_us
+        time_us = solution.cost - memory_us + decoded.slack_us
+        if abs(cost.total_us - time_us) > _DRIFT * max(1.0, time_us):
+            raise AssertionError(
+                f"the plan for {self.mesh} costs {cost.total_us:.9g} us, the search says "
+                f"{time_us:.9g} us"
+            )
         if bound_us is None:
             bound_us = solution.lower_bound - memory_us
         gap = max(0.0, (time_us - bound_us) / max(time_us, 1e-9))
+        limit = MEMORY_SHARE * self.cluster.device.memory_bytes
+        if self.constraints.memory_bytes is not None:
+            limit = min(limit, self.constraints.memory_bytes)
         report = MeshReport(
             mesh=self.mesh,
             time_us=time_us,
@@ -272,10 +333,12 @@ class _Task:
             core_variables=solution.core_variables,
             search_s=time.perf_counter() - self.start,
             us_per_byte=us_per_byte,
-            fits=cost.peak_bytes <= MEMORY_SHARE * self.cluster.device.memory_bytes,
+            fits=cost.peak_bytes <= limit,
             peak_bytes=cost.peak_bytes,
         )
-        return PlacementResult(self.mesh, choices, placed, cost, time_us, bound_us, (report,))
+        return PlacementResult(
+            self.mesh, decoded.choices, placed, cost, time_us, bound_us, (report,), phases
+        )
 
 
 @dataclass(frozen=True)
@@ -295,6 +358,7 @@ class Place(Pass):
         mesh: axis sizes as `2x2`, or with names `dp=2,tp=2`, the only candidate; all default
             meshes by default.
         limit_s: time limit of the search on one mesh.
+        constraints: what the placement must obey, as `constraints.Constraints` reads it.
     """
 
     name: ClassVar[str] = "place"
@@ -304,6 +368,7 @@ class Place(Pass):
     cluster: str = ""
     mesh: str = ""
     limit_s: float = 60.0
+    constraints: str = ""
 
     def run(self, module: Module) -> Module:
         """The placed module. Raises CompileError W0402, W0501."""
@@ -314,7 +379,10 @@ class Place(Pass):
                 hint='write place[cluster="2x2:cpu"]',
             )  # fmt: skip
         cluster = parse_cluster(text)
-        result = search(module, cluster, self._candidates(cluster), limit_s=self.limit_s)
+        result = search(
+            module, cluster, self._candidates(cluster), limit_s=self.limit_s,
+            constraints=Constraints.parse(self.constraints),
+        )  # fmt: skip
         for number, report in enumerate(result.report):
             log.info("%s: %s", "chosen" if number == 0 else "also tried", report)
         if log.isEnabledFor(logging.DEBUG):

@@ -25,9 +25,8 @@ from .place_network import FORBIDDEN, Array, Network, Table
 
 #: the bound is looked at every so many sweeps; a smaller relative gain than this ends them
 _EVERY, _GAIN = 5, 1e-4
-#: edges within which variables must look alike to form a class; in networks of fewer variables
-#: each is its own class
-_RADIUS, _SINGLE = 10, 400
+#: in networks of so few variables each is its own class
+SINGLE = 400
 
 
 @dataclass(frozen=True)
@@ -46,9 +45,9 @@ class _Port:
 class _Lifted:
     """Classes of the variables of a network, and the messages of each port."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, radius: int) -> None:
         self.network = network
-        self.colour, before = _classes(network)
+        self.colour, before = _classes(network, radius)
         self.members = Counter(self.colour.values())
         self.port_of: dict[tuple[int, int], int] = {}  #: (variable, neighbour) -> port
         self.first: dict[int, int] = {}
@@ -73,6 +72,11 @@ class _Lifted:
             c: [_Port(table, leading[c, p][1]) for p, table in enumerate(row)]
             for c, row in tables.items()
         }
+        #: ports that most edges of the port which they lead to do not lead back to
+        self.minor = {
+            (c, p) for c, row in self.ports.items() for p, port in enumerate(row)
+            if leading[port.other][1] != (c, p)
+        }  # fmt: skip
         self.unary = {c: network.unary[v] for c, v in self.first.items()}
         self.messages = {
             (c, p): np.zeros(len(self.unary[c]))
@@ -116,7 +120,8 @@ class _Lifted:
             for p, port in enumerate(self.ports[c]):
                 message = self.messages[port.other]
                 self.messages[c, p] = (port.table.array - message[None, :]).min(axis=1)
-                if rank[port.other[0]] > rank[c]:
+                # what is pushed to a port that pulls from others would be lost
+                if rank[port.other[0]] > rank[c] and (c, p) not in self.minor:
                     ahead.append(p)
             if ahead:
                 part = share[c] * self.belief(c)
@@ -131,8 +136,16 @@ class _Lifted:
             out[c] = 1.0 / max(1, later, len(row) - later)
         return out
 
+    def settle(self) -> None:
+        """Pull once more where the far end has changed since."""
+        for c, p in self.minor:
+            port = self.ports[c][p]
+            message = self.messages[port.other]
+            self.messages[c, p] = (port.table.array - message[None, :]).min(axis=1)
+
     def bound(self) -> float:
         """The sum of all minima after the messages."""
+        self.settle()
         total = self.network.constant
         for c, count in self.members.items():
             total += count * float(self.belief(c).min())
@@ -190,14 +203,14 @@ class _Lifted:
         network.unary = {v: unary[c] for v, c in self.colour.items()}
 
 
-def _classes(network: Network) -> tuple[dict[int, int], dict[int, int]]:
+def _classes(network: Network, radius: int) -> tuple[dict[int, int], dict[int, int]]:
     """A class for each variable, and the coarser classes of one step less."""
-    if len(network.unary) <= _SINGLE:
+    if len(network.unary) <= SINGLE:
         own = {v: v for v in network.unary}
         return own, own
     colour = _numbered({v: id(costs) for v, costs in network.unary.items()})
     before = colour
-    for _ in range(_RADIUS):
+    for _ in range(radius):
         keys = {
             v: (colour[v], *sorted([(table.number, colour[u]) for u, table in row.items()]))
             for v, row in network.near.items()
@@ -213,13 +226,20 @@ def _numbered(keys: Mapping[int, Hashable]) -> dict[int, int]:
     return {v: table.setdefault(key, len(table)) for v, key in keys.items()}
 
 
-def tighten(network: Network, sweeps: int) -> tuple[float, dict[int, int]]:
-    """Reparametrise in place; returns (lower bound, assignment of positions decoded on the way)."""
-    lifted = _Lifted(network)
+def tighten(network: Network, sweeps: int, radius: int = 3) -> tuple[float, dict[int, int]]:
+    """Reparametrise in place; returns (lower bound, assignment of positions decoded on the way).
+
+    Args:
+        radius: edges within which variables must look alike to form a class. What was told apart
+            once stays apart, so that calls with a radius of 1 refine the classes step by step.
+    """
+    lifted = _Lifted(network, radius)
     back = {c: -n for c, n in lifted.rank.items()}
     share = lifted.shares()
-    best_cost, bound = np.inf, -np.inf
+    best_cost, bound = np.inf, lower_bound(network)
     best: dict[int, int] = {}
+    kept = dict(lifted.messages)  # minor ports may make a sweep lower the bound
+    last = bound
     for sweep in range(max(1, sweeps)):
         lifted.sweep(lifted.order, lifted.rank, share)
         lifted.sweep(lifted.order[::-1], back, share)
@@ -230,9 +250,12 @@ def tighten(network: Network, sweeps: int) -> tuple[float, dict[int, int]]:
             if cost < best_cost:
                 best_cost, best = cost, found
             after = lifted.bound()
-            if after - bound <= _GAIN * max(1.0, abs(after)):
+            if after > bound:
+                bound, kept = after, dict(lifted.messages)
+            if abs(after - last) <= _GAIN * max(1.0, abs(after)):
                 break
-            bound = after
+            last = after
+    lifted.messages = kept
     lifted.absorb()
     return lower_bound(network), best
 

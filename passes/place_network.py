@@ -186,6 +186,19 @@ class Network:
         self.near[left][right] = table
         self.near[right][left] = table.flip
 
+    def graft(self, other: Network) -> dict[int, int]:
+        """Add the variables of another network; returns their numbers here.
+
+        Costs are shared, and states keep their original numbers there.
+        """
+        first = len(self.unary) + len(self.removed)
+        numbers = {v: first + n for n, v in enumerate(other.unary)}
+        for v, new in numbers.items():
+            self.unary[new], self.states[new] = other.unary[v], other.states[v]
+            self.near[new] = {numbers[u]: table for u, table in other.near[v].items()}
+        self.constant += other.constant
+        return numbers
+
     def clone(self) -> Network:
         """An independent copy."""
         return Network(
@@ -262,7 +275,8 @@ class Network:
         known: dict[Hashable, int] = {}
         for step in reversed(self.removed):
             beside = [full[other] for other, _, _ in step.neighbours]
-            key = (id(step.unary), id(step.states), *beside, *(id(t) for _, _, t in step.neighbours))
+            key = (id(step.unary), id(step.states), *beside,
+                   *((id(s), id(t)) for _, s, t in step.neighbours))  # fmt: skip
             state = known.get(key)
             if state is None:
                 costs = step.unary
@@ -403,7 +417,8 @@ def _fix(network: Network, variable: int) -> None:
 
 
 def _only(table: Table) -> Array:
-    return table.array[0]
+    row: Array = table.array[0]
+    return row
 
 
 def _survivors(
@@ -430,7 +445,7 @@ def _survivors(
 def _undominated(
     unary: Array, tables: Sequence[Array], promise: Array, worst: Array, witnesses: int
 ) -> NDArray[np.bool_]:
-    alive = promise <= worst.min()  # the cheap test first: its worst case beats their best
+    alive: NDArray[np.bool_] = promise <= worst.min()  # the cheap test first: its worst case beats their best
     for witness in np.argsort(worst, kind="stable")[:witnesses]:
         if not alive[witness]:
             continue

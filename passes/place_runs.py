@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..ir.module import Function, Module
 
 
-def executions(module: Module) -> dict[str, int]:
-    """Runs of each function in a step; 0 for functions that nothing calls."""
-    counts = {function.name: 0 for function in module.functions}
-    counts[module.entry.name] = 1
+def executions(module: Module, weights: Sequence[float] | None = None) -> dict[str, float]:
+    """Runs of each function in a step; 0 for functions that nothing calls.
+
+    Args:
+        weights: runs of each op of the entry; 1 each by default.
+    """
+    counts = {function.name: 0.0 for function in module.functions}
+    counts[module.entry.name] = 1.0
     for function in _callers_first(module):
-        for name in _callees(function):
-            counts[name] += counts[function.name]
+        own = weights if function is module.entry else None
+        for index, op in enumerate(function.ops):
+            if op.name == "call":
+                runs = counts[function.name] * (own[index] if own is not None else 1.0)
+                counts[str(op.attrs["callee"])] += runs
     return counts
 
 

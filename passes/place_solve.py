@@ -19,7 +19,7 @@ from math import inf
 
 import numpy as np
 
-from .place_bound import exclude, lower_bound, tighten
+from .place_bound import SINGLE, exclude, lower_bound, tighten
 from .place_eliminate import order_of, solve_by_elimination
 from .place_network import FORBIDDEN, WITNESSES, Network, reduce
 
@@ -27,9 +27,16 @@ from .place_network import FORBIDDEN, WITNESSES, Network, reduce
 TABLE_LOG10 = 7.0
 #: most additions of an elimination: about 2 s
 WORK_LOG10 = 8.7
-#: most sweeps of the rounds of tightening: a first round that ends early leaves classes less alike
-_SWEEPS = (100, 60, 60, 60, 60)
-
+#: (most sweeps, radius of the classes) of the rounds of tightening: in networks of few variables,
+#: and in others, where classes are refined from round to round
+_FEW = ((100, 1), (60, 1), (60, 1), (60, 1), (60, 1))
+_MANY = ((30, 3), *((10, 1),) * 24)
+#: a candidate so close to the bound is not improved on before states have been excluded
+_NEAR = 1e-5
+#: the round after one that gained nothing
+_WIDE = (30, 10)
+#: a round of many that raises the bound by a smaller part ends them
+_STALLED = 1e-6
 
 @dataclass(frozen=True)
 class Solution:
@@ -72,7 +79,9 @@ def solve(network: Network, limit_s: float = 30.0) -> Solution | None:
     if search.best is None:
         return None
     search.bound = min(search.bound, search.upper)
-    cost = network.cost(search.best)
+    at = {v: int(np.searchsorted(network.states[v], s)) for v, s in search.best.items()
+          if v in network.unary}  # fmt: skip
+    cost = network.cost(at)
     return Solution(
         search.best, cost, min(search.bound, cost), len(network.unary), width, search.core_variables,
         search.core_width, search.nodes, time.perf_counter() - start,
@@ -131,20 +140,26 @@ class _Search:
 
     def _squeeze(self, network: Network) -> None:
         """Bounds, candidates and exclusions until they change nothing."""
-        for number, sweeps in enumerate(_SWEEPS):
+        many = len(network.unary) > SINGLE
+        bound, idle = -inf, 0
+        for number, (sweeps, radius) in enumerate(_MANY if many else _FEW):
             if not network.unary:
                 return
-            _, found = tighten(network, sweeps)
+            wide = _WIDE if many and idle else (sweeps, radius)
+            now, found = tighten(network, *wide)
             self.offer(network, found)
-            if self.nodes <= 64 and not self.closed(network):
+            near = self.upper - lower_bound(network) <= _NEAR * abs(self.upper)
+            if self.nodes <= 64 and not near and (not many or number % 8 == 7):
                 self._restricted(network)
             if self.closed(network):
                 return
             excluded = exclude(network, self.upper, self.tolerance)
             if not network.feasible():
                 return
-            if not excluded and number >= 2:
+            idle = idle + 1 if now - bound <= _STALLED * abs(now) else 0
+            if (idle > 3 if many else not excluded) and number >= 2:
                 break
+            bound = max(bound, now)
             # dead-end elimination is the dearest step, so it waits for the last round
             reduce(network, 0)
             if not network.feasible():

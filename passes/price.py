@@ -6,7 +6,8 @@ search's objective can be checked against it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from ..costmodel.cluster import Cluster
 from ..costmodel.collectives import collective_cost
@@ -14,8 +15,8 @@ from ..costmodel.estimate import op_time_us
 from ..ir.errors import CompileError
 from ..ir.module import Function, Module, Op
 from ..ir.types import Mesh, local_bytes
-from .place_model import PERSISTENT
-from .place_runs import executions
+from .apply import LOOP
+from .place_body import PERSISTENT
 from .reshard import reshard_cost_us
 
 
@@ -26,6 +27,8 @@ class Price:
     Attributes:
         compute_us: time of the ops.
         reshard_us: time of the reshards.
+        phase_us: of both, what belongs to `forward` and `backward`, of one micro-batch, and to
+            `before` and `update`, once; empty where the phases are not known.
         persistent_bytes: parameters, buffers and optimizer states.
         peak_bytes: these, and the most that the values of a step hold at a time.
     """
@@ -34,6 +37,7 @@ class Price:
     reshard_us: float
     persistent_bytes: int
     peak_bytes: int
+    phase_us: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def total_us(self) -> float:
@@ -41,30 +45,67 @@ class Price:
         return self.compute_us + self.reshard_us
 
 
-def price(module: Module, cluster: Cluster) -> Price:
-    """Price a placed module. Raises CompileError W0201 where it is not one."""
+def price(
+    module: Module, cluster: Cluster, phases: Sequence[str] | None = None, micro: int = 1
+) -> Price:
+    """Price a placed module.
+
+    Args:
+        phases: of each op of the entry; see `apply_phased`.
+        micro: runs of forward and backward ops.
+
+    Raises CompileError W0201 where it is not placed.
+    """
     mesh = module.mesh
     if mesh is None or module.level != "placed":
         raise CompileError("W0201", f"a {module.level} module has no price: it must be placed")
-    cost = collective_cost(cluster, mesh)
-    counts = executions(module)
+    pricer = _Pricer(module, mesh, cluster)
     compute_us = reshard_us = 0.0
-    for function, op in module.walk():
-        runs = counts[function.name]
-        if op.name == "reshard":
-            source, target = op.operands[0].type, op.result.type
-            assert source.placement is not None and target.placement is not None
-            step_us = reshard_cost_us(source, mesh, source.placement, target.placement, cost)
-            reshard_us += runs * step_us
-        else:
-            states = tuple(op.split.get(axis, "") for axis in mesh.names)
-            compute_us += runs * op_time_us(op, states, mesh, cluster)
+    phase_us: dict[str, float] = {}
+    for index, op in enumerate(module.entry.ops):
+        compute, reshard = pricer.op_us(op)
+        phase = phases[index] if phases is not None else ""
+        runs = micro if phase in LOOP else 1
+        compute_us, reshard_us = compute_us + runs * compute, reshard_us + runs * reshard
+        if phase:
+            phase_us[phase] = phase_us.get(phase, 0.0) + compute + reshard
     persistent = sum(
         local_bytes(value.type, mesh)
         for value, attrs in zip(module.entry.params, module.entry.param_attrs, strict=True)
         if attrs.get("role") in PERSISTENT
     )
-    return Price(compute_us, reshard_us, persistent, persistent + _peak(module, mesh))
+    peak = persistent + _peak(module, mesh)
+    return Price(compute_us, reshard_us, persistent, peak, phase_us)
+
+
+class _Pricer:
+    """Times of ops, once for equal functions."""
+
+    def __init__(self, module: Module, mesh: Mesh, cluster: Cluster) -> None:
+        self.module, self.mesh, self.cluster = module, mesh, cluster
+        self.cost = collective_cost(cluster, mesh)
+        self.table = {function.name: function for function in module.functions}
+        self.known: dict[str, tuple[float, float]] = {}
+
+    def op_us(self, op: Op) -> tuple[float, float]:
+        """(compute, reshards) of one run."""
+        if op.name == "call":
+            return self.function_us(str(op.attrs["callee"]))
+        if op.name == "reshard":
+            source, target = op.operands[0].type, op.result.type
+            assert source.placement is not None and target.placement is not None
+            return 0.0, reshard_cost_us(
+                source, self.mesh, source.placement, target.placement, self.cost
+            )
+        states = tuple(op.split.get(axis, "") for axis in self.mesh.names)
+        return op_time_us(op, states, self.mesh, self.cluster), 0.0
+
+    def function_us(self, name: str) -> tuple[float, float]:
+        """(compute, reshards) of one call."""
+        if name not in self.known:
+            times = [self.op_us(op) for op in self.table[name].ops]
+            self.known[name] = sum(c for c, _ in times), sum(r for _, r in times)
+        return self.known[name]
 
 
 def _peak(module: Module, mesh: Mesh) -> int:

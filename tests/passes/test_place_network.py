@@ -115,7 +115,7 @@ def test_solving_is_exact(seed: int) -> None:
 
 def test_branching_is_exact_where_no_table_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(place_solve, "TABLE_LOG10", 0.5)
-    monkeypatch.setattr(place_solve, "_SWEEPS", (1,))  # weak bounds: more is left to branching
+    monkeypatch.setattr(place_solve, "_FEW", ((1, 1),))  # weak bounds: more is left to branching
     branched = 0
     for seed in range(120):
         network = random_network(seed, most=7, density=0.9)
