@@ -92,8 +92,9 @@ def run_artifact(
 
 def _ranks(artifact: Artifact) -> int:
     """Ranks of the plan, by its schedule. Raises RunError W0701 where the manifest has others."""
-    mesh = artifact.module().mesh
-    ranks = 1 if mesh is None else mesh.size
+    modules = artifact.schedules()
+    mesh = modules[0].mesh
+    ranks = len(modules) * (1 if mesh is None else mesh.size)
     if ranks != artifact.info["ranks"]:
         raise RunError(
             "W0701", f"{artifact.path} says {artifact.info['ranks']} ranks, its schedule has {ranks}",
@@ -120,8 +121,7 @@ def _run(
 ) -> None:
     log.info("rank %d of %s", exe.rank, exe.artifact.info["mesh"])
     inputs = exe.example_inputs()
-    roles = [str(a.get("role", "")) for a in exe.artifact.module().entry.param_attrs]
-    if "input" in roles and not inputs:
+    if exe.program.map.inputs and not inputs:
         raise RunError(
             "W0804",
             f"{exe.artifact.path} holds no example inputs",

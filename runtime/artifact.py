@@ -129,6 +129,15 @@ class Artifact:
             raise RunError("W0701", f"{path} holds no program", reason="no function", hint=_AGAIN)
         return module
 
+    def schedules(self) -> list[Module]:
+        """The schedules that ranks run: one, or one for each pipeline stage."""
+        last = self.module()
+        stages = last.attrs.get("stages", 1)
+        if not isinstance(stages, int) or not 1 <= stages <= len(self.dumps):
+            raise RunError("W0701", f"{self.dumps[-1]} is one of {stages!r} stages",
+                           reason="the others are not there", hint=_AGAIN)  # fmt: skip
+        return [*(self.module(dump) for dump in self.dumps[-stages:-1]), last]
+
     def tensors(self, name: str) -> dict[str, Any]:
         """The tensors of `weights` or `inputs` by name; empty when the artifact holds none."""
         from safetensors.torch import load_file  # torch takes a second, and looking needs none

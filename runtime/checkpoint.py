@@ -57,6 +57,10 @@ class Sharded(Protocol):
     def state_roles(self) -> Mapping[str, str]:
         """`param`, `buffer` or `state`."""
 
+    @property
+    def elsewhere(self) -> frozenset[str]:
+        """Names that the ranks of another pipeline stage write."""
+
     def state_dict(self, full: bool = True, copy: bool = True) -> dict[str, Tensor]:
         """This rank's parts with full=False."""
 
@@ -87,7 +91,7 @@ class Checkpoints:
         """Go on with another plan of the same program; locks and unfinished saves stay."""
         self.program, comm = program, program.comm
         self.distributed = comm.distributed and dist.get_world_size() > 1
-        self.layout = Layout(program.state_types, comm.mesh, comm.coord)
+        self.layout = Layout(program.state_types, comm.mesh, comm.coord, program.elsewhere)
 
     # -- saving -------------------------------------------------------------------------------
 

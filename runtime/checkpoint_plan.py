@@ -47,11 +47,13 @@ class Layout:
         types: placed types by name, in the same order on all ranks.
         mesh: the program's mesh.
         coord: this rank's coordinate.
+        elsewhere: names that the ranks of another pipeline stage write.
     """
 
     types: Mapping[str, TensorType]
     mesh: Mesh
     coord: tuple[int, ...]
+    elsewhere: frozenset[str] = frozenset()
 
     def chunk(self, name: str) -> ChunkStorageMetadata:
         """The part of a tensor that this rank holds."""
@@ -66,7 +68,7 @@ class Layout:
         return [
             name
             for number, (name, type) in enumerate(self.types.items())
-            if self._owns(number, name, type)
+            if name not in self.elsewhere and self._owns(number, name, type)
         ]
 
     def _owns(self, number: int, name: str, type: TensorType) -> bool:

@@ -44,6 +44,11 @@ class WholeState:
         """Types, all replicated."""
         return {name: tensor_type(tensor).placed((B,)) for name, tensor in self.tensors.items()}
 
+    @property
+    def elsewhere(self) -> frozenset[str]:
+        """Nothing: all ranks hold everything."""
+        return frozenset()
+
     def state_dict(self, full: bool = True, copy: bool = True) -> dict[str, Tensor]:
         """The tensors."""
         return {name: t.clone() if copy else t for name, t in self.tensors.items()}

@@ -42,18 +42,20 @@ class Executable:
         cpu_backend: str = "eager",
     ) -> None:  # fmt: skip
         self.artifact = artifact
-        module = artifact.module()
-        mesh = module.mesh or Mesh()
+        modules = artifact.schedules()
+        mesh = modules[0].mesh or Mesh()
+        ranks = mesh.size * len(modules)
         with ExitStack() as stack:
             world = stack.enter_context(init_from_env(mesh.device, timeout_s=timeout_s))
             self.rank, self.world_size = world.rank, world.size
-            if world.size != mesh.size:
-                raise world_mismatch(artifact.path, mesh.size, world.size)
-            comm = Comm(mesh, timeout_s=timeout_s)
+            if world.size != ranks:
+                raise world_mismatch(artifact.path, ranks, world.size)
+            comm = Comm(mesh, stages=len(modules), timeout_s=timeout_s)
             on_gpu = world.device.type == "cuda"
-            kernels = load_kernels(artifact.path / "kernels") if on_gpu else None
+            folder = kernel_folder(artifact.path, len(modules), world.rank // mesh.size)
+            kernels = load_kernels(folder) if on_gpu else None
             self.program = Program(
-                module, comm, world.device, kernels=kernels, timeout_s=timeout_s,
+                modules, comm, world.device, kernels=kernels, timeout_s=timeout_s,
                 check_finite=check_finite, cpu_backend=cpu_backend,
             )  # fmt: skip
             self.checkpoints = stack.enter_context(Checkpoints(self.program))
@@ -74,8 +76,7 @@ class Executable:
     def example_inputs(self) -> list[Tensor]:
         """The example inputs stored in the artifact, in the entry's order; [] without any."""
         stored = self.artifact.tensors("inputs")
-        entry = self.artifact.module().entry
-        names = [str(a.get("name", "")) for a in entry.param_attrs if a.get("role") == "input"]
+        names = [name for name, _ in self.program.map.inputs]
         return [stored[name] for name in names] if set(names) <= set(stored) else []
 
     def step(
@@ -115,6 +116,11 @@ class Executable:
         return self._exit.__exit__(kind, value, traceback)
 
 
+def kernel_folder(path: Path, stages: int, stage: int) -> Path:
+    """Where an artifact keeps the kernels of a stage."""
+    return path / "kernels" / f"stage{stage}" if stages > 1 else path / "kernels"
+
+
 def world_mismatch(path: Path, needed: int, present: int) -> RunError:
     """The diagnostic W0801 for an artifact started on the wrong number of ranks."""
     return RunError(
@@ -143,4 +149,4 @@ def load(
     )
 
 
-__all__ = ["Executable", "load", "world_mismatch"]
+__all__ = ["Executable", "kernel_folder", "load", "world_mismatch"]

@@ -46,6 +46,7 @@ class Executor:
         check_finite: trace NaN and Inf to the action that made them; slow.
         cpu_backend: `inductor` compiles the actions between transfers on a CPU (`inductor.py`),
             `eager` runs them one by one.
+        stages: the schedules of all pipeline stages, where `module` is one of several.
 
     Attributes:
         state: the local shards of the entry parameters with the roles param, buffer and state, in
@@ -66,6 +67,7 @@ class Executor:
         kernels: Mapping[str, Kernel] | None = None,
         check_finite: bool = False,
         cpu_backend: str = "eager",
+        stages: Sequence[Module] = (),
     ) -> None:
         check_backend(cpu_backend)
         if module.level != "schedule":
@@ -75,7 +77,11 @@ class Executor:
             )  # fmt: skip
         self.module, self.function = module, module.entry
         self.mesh = module.mesh or Mesh()
-        check(module, self.mesh)
+        if len(stages) > 1:
+            entries = [stage.entry for stage in stages for _ in range(self.mesh.size)]
+            check(dict(enumerate(entries)), self.mesh)
+        else:
+            check(module, self.mesh)
         self.comm = comm or Comm(self.mesh, rank)
         self.rank = self.comm.rank if rank is None else rank
         self.device = torch.device(device)

@@ -93,7 +93,8 @@ def load_pretrained(program: Program, path: str | Path) -> None:
             "W1102", f"{path} does not fit the plan", reason="\n       ".join(lines[:9]),
             hint="load the weights of the model that was compiled, in its dtype",
         )  # fmt: skip
-    wanted = [name for name in types if name in from_files]
+    held = program.state_dict(full=False, copy=False)
+    wanted = [name for name in held if name in from_files]
     program.set_shards(dict(_slices(program, {name: from_files[name][0] for name in wanted})))
 
 
@@ -126,7 +127,6 @@ def save_pretrained(program: Program, path: str | Path, *, file_bytes: int = FIL
     types = {n: t for n, t in program.state_types.items() if program.state_roles[n] != "state"}
     files = _split(types, file_bytes)
     first = program.comm.rank == 0
-    shards = program.state_dict(full=False, copy=False)
     error = ""
     temporary = folder / ".writing-pretrained"
     lock = -1
@@ -140,7 +140,7 @@ def save_pretrained(program: Program, path: str | Path, *, file_bytes: int = FIL
             stream = (temporary / file).open("wb") if first and not error else None
         except OSError as found:
             stream, error = None, str(found)
-        error = _write_file(program, stream, {n: types[n] for n in names}, shards) or error
+        error = _write_file(program, stream, {n: types[n] for n in names}) or error
     if first and not error:
         try:
             _publish(temporary, folder, files, types)
@@ -178,9 +178,8 @@ def _begin(temporary: Path) -> int:
 
 
 def _write_file(
-    program: Program, stream: BinaryIO | None, types: dict[str, TensorType],
-    shards: dict[str, Tensor],
-) -> str:  # fmt: skip
+    program: Program, stream: BinaryIO | None, types: dict[str, TensorType]
+) -> str:
     """Write a file where there is one; gather in any case, since other ranks do. What went wrong."""
     error = ""
 
@@ -194,8 +193,8 @@ def _write_file(
 
     write(data_header([(n, t.dtype, (0,) * len(t.shape), t.shape) for n, t in types.items()],
                       {"format": "pt"}))  # fmt: skip
-    for name, type in types.items():
-        whole = program.comm.gather(shards[name].clone(), type)
+    for name in types:
+        whole = program.whole(name)
         write(whole.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     if stream is not None:
         try:

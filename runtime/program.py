@@ -32,6 +32,7 @@ from .context import TORCH_DTYPES
 from .executor import Executor
 from .heap import LEAST_BYTES, idle_heap, trim
 from .schedule_check import check
+from .stage_map import StageMap
 from .trace import Trace
 from .watch import together
 from .wrapper import Kernel
@@ -57,7 +58,8 @@ class Program:
     """A schedule-level module on one rank. All ranks make the same calls in the same order.
 
     Args:
-        module: the plan.
+        module: the plan; the schedule of each stage where it has several, stage i for the ranks
+            `i * mesh.size ...`.
         comm: this rank's communication; made from torch.distributed by default.
         device: where this rank's tensors live.
         kernels: compiled kernels by name.
@@ -71,7 +73,7 @@ class Program:
 
     def __init__(
         self,
-        module: Module,
+        module: Module | Sequence[Module],
         comm: Comm | None = None,
         device: torch.device | str = "cpu",
         *,
@@ -80,11 +82,15 @@ class Program:
         check_finite: bool = False,
         cpu_backend: str = "eager",
     ) -> None:
-        self.comm = comm or Comm(module.mesh or Mesh(), timeout_s=timeout_s)
-        same_plan(module, self.comm)
+        modules = (module,) if isinstance(module, Module) else tuple(module)
+        mesh = modules[0].mesh or Mesh()
+        self.comm = comm or Comm(mesh, stages=len(modules), timeout_s=timeout_s)
+        same_plan(modules, self.comm)
+        self.map = StageMap(modules, self.comm.rank // mesh.size % len(modules))
+        module = modules[self.map.stage]
         self.executor = Executor(
             module, comm=self.comm, device=device, kernels=kernels, check_finite=check_finite,
-            cpu_backend=cpu_backend,
+            cpu_backend=cpu_backend, stages=modules,
         )  # fmt: skip
         self._trace: Trace | None = None
         self._idle: list[int] = []  # bytes of idle heap after the first two steps
@@ -92,6 +98,9 @@ class Program:
         names = _names(module.entry)
         self._kept = [(names[value.name], value) for value in self.executor.kept]
         self._fed = [(names[v.name], v, self._role(v)) for v in self.executor.fed]
+        self._attrs = {
+            v.name: a for v, a in zip(module.entry.params, module.entry.param_attrs, strict=True)
+        }
 
     def _role(self, value: Value) -> str:
         return self.executor.wrapper.roles[value.name]
@@ -100,13 +109,22 @@ class Program:
 
     @property
     def state_types(self) -> dict[str, TensorType]:
-        """Placed types of all state by name, in the same order on all ranks."""
-        return {name: value.type for name, value in self._kept}
+        """Placed types of all state by name, in the same order on all ranks.
+
+        State of another stage is placed on that one's mesh.
+        """
+        own = {name: value.type for name, value in self._kept}
+        return {name: own.get(name, type) for name, (type, _, _) in self.map.kept.items()}
 
     @property
     def state_roles(self) -> dict[str, str]:
         """What each state is: `param`, `buffer` or `state` (of the optimizer)."""
-        return {name: self._role(value) for name, value in self._kept}
+        return {name: role for name, (_, role, _) in self.map.kept.items()}
+
+    @property
+    def elsewhere(self) -> frozenset[str]:
+        """Names of state that another pipeline stage has, or writes into checkpoints."""
+        return self.map.elsewhere
 
     def load_state(self, full: Mapping[str, Tensor], *, strict: bool = True) -> None:
         """Take whole tensors by name and keep this rank's part; the tensors stay the caller's.
@@ -136,6 +154,8 @@ class Program:
 
         False, and nothing is done, where they do not hold the same tensors in the same places.
         """
+        if self.map.stage != other.map.stage:
+            return False
         mine, theirs = list(self.state_types.items()), list(other.state_types.items())
         if mine != theirs or self.executor.mesh != other.executor.mesh:
             return False
@@ -173,15 +193,35 @@ class Program:
         out: dict[str, Tensor] = {}
         if dtensor:
             from .dtensors import to_dtensor  # torch.distributed.tensor takes a second to load
+        if full and not dtensor:
+            return self._whole_state()
+        if dtensor and self.map.staged:
+            raise RunError(
+                "W0804", "state over pipeline stages has no DTensors",
+                reason="a DTensor is on the ranks of one mesh", hint="take whole tensors",
+            )  # fmt: skip
         for slot, (name, value) in enumerate(self._kept):
             shard = self.executor.state[slot]
-            shard = shard.clone() if copy or (full and not dtensor) else shard
-            if dtensor:
-                out[name] = to_dtensor(shard, value.type, self.comm)
-                continue
-            with together(f"gathers {name!r} of its state"):
-                out[name] = self.comm.gather(shard, value.type) if full else shard
+            shard = shard.clone() if copy else shard
+            out[name] = to_dtensor(shard, value.type, self.comm) if dtensor else shard
         return out
+
+    def _whole_state(self) -> dict[str, Tensor]:
+        """Whole tensors of all stages."""
+        out: dict[str, Tensor] = {}
+        for name in self.map.kept:
+            with together(f"gathers {name!r} of its state"):
+                out[name] = self.whole(name)
+        return out
+
+    def whole(self, name: str) -> Tensor:
+        """A state as a whole tensor; all ranks must call."""
+        type, _, stage = self.map.kept[name]
+        mine = None
+        if stage == self.map.stage:
+            slot, value = next((i, v) for i, (n, v) in enumerate(self._kept) if n == name)
+            mine = self.comm.gather(self.executor.state[slot].clone(), value.type)
+        return self.map.share(self.comm, type.placed(None), stage, mine)
 
     def set_shards(self, shards: Mapping[str, Tensor]) -> None:
         """Take local shards by name; these tensors become the state."""
@@ -194,7 +234,7 @@ class Program:
         return shard.clone(memory_format=torch.contiguous_format)
 
     def _check_names(self, full: Mapping[str, Tensor]) -> None:
-        known = {name: value for name, value in self._kept}
+        known = self.map.kept
         for name, value in full.items():
             if not isinstance(value, Tensor):
                 raise RunError(
@@ -203,7 +243,7 @@ class Program:
                 )  # fmt: skip
         memory = {full[name].data_ptr() for name in known if name in full}
         unknown = [n for n in full if n not in known and full[n].data_ptr() not in memory]
-        needed = [n for n, value in self._kept if self._role(value) != "state"]
+        needed = [name for name, (_, role, _) in known.items() if role != "state"]
         missing = [name for name in needed if name not in full]
         if unknown or missing:
             parts = [f"missing {_some(missing)}"] if missing else []
@@ -231,6 +271,8 @@ class Program:
         Raises RunError W0804 for wrong inputs (nothing has run then), W0803 when a rank fails.
         """
         results = self.executor.run(self._inputs(inputs, lr, seed), trace=self._trace)
+        with together("gets the results of its step"):
+            results = self.map.collect(self.comm, self.executor.function, results)
         self._trim()
         return results
 
@@ -244,7 +286,7 @@ class Program:
 
     def finish(self, *tangents: Tensor, handed: list[Tensor] | None = None) -> list[Tensor]:
         """Run the second half: gradients of the outputs in, gradients out. As `step`."""
-        wanted = [(name, value) for name, value, role in self._fed if role == "tangent"]
+        wanted = [(name, value.type) for name, value, role in self._fed if role == "tangent"]
         given = _matched(tangents, wanted, "tangent")
         results = self.executor.finish(given, handed=handed, trace=self._trace)
         self._trim()
@@ -269,15 +311,15 @@ class Program:
     def _inputs(
         self, inputs: Sequence[Tensor], lr: float | Sequence[float] | None, seed: int | None
     ) -> list[Tensor]:
-        wanted = [(name, value) for name, value, role in self._fed if role == "input"]
-        given = iter(_matched(inputs, wanted, "input"))
-        rates = iter(_rates(lr, [name for name, _, role in self._fed if role == "lr"]))
+        wanted = self.map.inputs
+        given = dict(zip((n for n, _ in wanted), _matched(inputs, wanted, "input"), strict=True))
+        rates = dict(zip(self.map.rates, _rates(lr, self.map.rates), strict=True))
         out = []
         for name, value, role in self._fed:
             if role == "input":
-                out.append(next(given))
+                out.append(self.map.part(given[name], value, self._attrs[value.name]))
             elif role == "lr":
-                out.append(torch.tensor(next(rates), dtype=TORCH_DTYPES[value.type.dtype]))
+                out.append(torch.tensor(rates[name], dtype=TORCH_DTYPES[value.type.dtype]))
             elif role == "seed":
                 if seed is None:
                     raise RunError(
@@ -348,17 +390,17 @@ def _fits(tensor: Tensor, type: TensorType, what: str) -> None:
 
 
 def _matched(
-    tensors: Sequence[Tensor], wanted: Sequence[tuple[str, Value]], kind: str
+    tensors: Sequence[Tensor], wanted: Sequence[tuple[str, TensorType]], kind: str
 ) -> Sequence[Tensor]:
     """The tensors, after a check of their number, dtypes and shapes."""
     if len(tensors) != len(wanted):
-        expected = ", ".join(f"{name}: {v.type.placed(None)}" for name, v in wanted) or "none"
+        expected = ", ".join(f"{name}: {type.placed(None)}" for name, type in wanted) or "none"
         raise RunError(
             "W0804", f"the plan takes {len(wanted)} {kind}s, got {len(tensors)}",
             reason=f"it expects {expected}",
         )  # fmt: skip
-    for position, (tensor, (name, value)) in enumerate(zip(tensors, wanted, strict=True)):
-        _fits(tensor, value.type, f"{kind} {position} ({name})")
+    for position, (tensor, (name, type)) in enumerate(zip(tensors, wanted, strict=True)):
+        _fits(tensor, type, f"{kind} {position} ({name})")
     return tensors
 
 
@@ -394,18 +436,19 @@ def _rates(lr: float | Sequence[float] | None, names: Sequence[str]) -> list[flo
     return [float(rate) for rate in rates]
 
 
-def same_plan(module: Module, comm: Comm) -> None:
+def same_plan(modules: Sequence[Module], comm: Comm) -> None:
     """Check that all ranks hold the same plan; all must call. Raises RunError W0802."""
     if not comm.distributed or dist.get_world_size() == 1:
         return
-    digest = hashlib.sha256(repr(module).encode()).hexdigest()
+    digest = hashlib.sha256(repr(tuple(modules)).encode()).hexdigest()
     digests: list[str] = [""] * dist.get_world_size()
     with together("compares its plan with the others'"):
         dist.all_gather_object(digests, digest)
     if len(set(digests)) == 1:
         return
-    functions: list[Function] = [module.entry] * len(digests)
-    dist.all_gather_object(functions, module.entry)
+    entry = modules[comm.rank // comm.mesh.size % len(modules)].entry
+    functions: list[Function] = [entry] * len(digests)
+    dist.all_gather_object(functions, entry)
     check(dict(enumerate(functions)), comm.mesh)  # says in detail what differs, if it matters
     odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
     raise RunError(
