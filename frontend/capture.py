@@ -6,7 +6,7 @@ import logging
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from types import TracebackType
@@ -42,6 +42,8 @@ from . import (
 )
 from .aten import TABLE
 from .locate import user_frames, user_span, user_traceback
+from .repeats import Repeats
+from .repeats_graph import Unfaithful, write_repeats
 from .stops import mark_stops
 from .tied import untie
 
@@ -66,6 +68,8 @@ def decompositions() -> Mapping[Any, Callable[..., Any]]:
     return {op: rule for op, rule in table if str(op) not in TABLE}
 
 
+#: traces until repeated modules of all classes that cannot be repeated are known
+_ATTEMPTS = 3
 #: for each input tensor, the dims whose size may vary, with least and largest size (None: any)
 VaryingDims = Sequence[Mapping[int, tuple[int, int | None]]]
 
@@ -90,17 +94,59 @@ def capture(
 
     Raises CompileError W0301, W0302; an exception of the user's program passes through.
     """
+    if any(varying):
+        return _captured(root, tensors, varying)
+    apart: set[type] = set()
+    for _ in range(_ATTEMPTS):
+        repeats = Repeats(root, frozenset(apart))
+        try:
+            return _captured(root, tensors, varying, repeats)
+        except Unfaithful as found:
+            apart |= found.kinds
+        except Exception:
+            if not repeats.agains:
+                raise
+            break  # whatever it is, it is to be told of the program as it is
+        finally:
+            repeats.forget()
+    return _captured(root, tensors, varying)
+
+
+def _captured(
+    root: torch.nn.Module, tensors: Sequence[Tensor], varying: VaryingDims,
+    repeats: Repeats | None = None,
+) -> AtenProgram:  # fmt: skip
     dims = (tuple(_hints(row) for row in varying),) if any(varying) else None
-    with diagnosed(), _places():
+    with diagnosed(), _places(), nullcontext() if repeats is None else _while_running(root, repeats):
         program: ExportedProgram = export(root, tuple(tensors), dynamic_shapes=dims, strict=False)
+    if repeats is not None and repeats.unfaithful:
+        raise Unfaithful(repeats.unfaithful)
     with diagnosed():
         untie(program)
         mark_stops(program.graph_module)
         _run_by_node(program.graph_module)
         decomposed: ExportedProgram = program.run_decompositions(dict(decompositions()))
+    if repeats is not None:
+        write_repeats(decomposed.graph, repeats)
     return AtenProgram(
         decomposed.graph, decomposed.graph_signature, decomposed.state_dict, decomposed.constants
     )
+
+
+@contextmanager
+def _while_running(root: torch.nn.Module, repeats: Repeats) -> Iterator[None]:
+    """Find repeated modules while the root runs, inside of what torch puts around modules."""
+    forward = root.forward
+
+    def run(*tensors: Tensor) -> Any:
+        with repeats.recording():
+            return forward(*tensors)
+
+    root.forward = run
+    try:
+        yield
+    finally:
+        del root.forward
 
 
 def _hints(row: Mapping[int, tuple[int, int | None]]) -> dict[int, Any]:

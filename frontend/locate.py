@@ -23,7 +23,7 @@ _INTERNAL = (f"{Path(torch.__file__).parent}/", _OWN)
 #: what these put in place of torch's functions stands between the user's call and torch
 _STAND_INS = tuple(
     f"{_OWN}{name}.py"
-    for name in ("capture", "own_gradients", "rewrites", "step_recorder", "train_step")
+    for name in ("capture", "own_gradients", "repeats", "rewrites", "step_recorder", "train_step")
 )
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in ')
 
