@@ -30,6 +30,10 @@ def plan(
     cluster: str = "1x1:cpu",
     optimizer: str = "",
     mesh: str = "",
+    stages: int | None = None,
+    micro: int | None = None,
+    order: str | None = None,
+    chunks: int | None = None,
     options: Options = OPTIONS,
     **hyper: Any,
 ) -> Plan:
@@ -43,6 +47,8 @@ def plan(
         optimizer: `sgd`, `adam` or `adamw`: plan the train step of a module whose output is a
             scalar or carries a `loss`. `hyper` are its arguments in torch.
         mesh: axis sizes such as `2x2`; all default meshes are tried without it.
+        stages, micro, order, chunks: pipeline stages (the mesh is that of one), micro-batches, and
+            their order; see `Options`, whose values they replace.
 
     Raises CompileError; an exception of the program itself passes through.
     """
@@ -51,6 +57,8 @@ def plan(
     expect(example_inputs, (Mapping, Sequence), "example_inputs")
     expect(optimizer, str, "optimizer")
     expect(options, Options, "options")
+    chosen = {"stages": stages, "micro": micro, "order": order, "chunks": chunks}
+    options = options.with_({name: value for name, value in chosen.items() if value is not None})
     keywords = isinstance(example_inputs, Mapping)
     args = () if keywords else tuple(example_inputs)
     kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}

@@ -88,7 +88,7 @@ def _tables(spmd: Module, limit: int) -> None:
 
 
 def _memory(artifact: Artifact, limit: int) -> None:
-    simulation = simulate(artifact.module(), cluster_of(artifact.info))
+    simulation = simulate(artifact.schedules(), cluster_of(artifact.info))
     table = Table("owner", "", "bytes of a rank", title="memory at the predicted peak")
     rows = memory_by_owner(simulation.at_peak)
     for kind, owner, size in rows[:limit]:

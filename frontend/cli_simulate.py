@@ -189,7 +189,7 @@ def simulate_command(
         asked = [parse_what_if(text) for text in what_if]
         artifact = Artifact.open(folder)
         where = parse_cluster(cluster) if cluster else cluster_of(artifact.info)
-        simulation = simulate(artifact.module(), where)
+        simulation = simulate(artifact.schedules(), where)
         events = read_trace(traces)
         comparison = simulation.compare(events) if traces else None
         others = [(part, factor, _faster(simulation, part, factor)) for part, factor in asked]

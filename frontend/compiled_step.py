@@ -145,11 +145,15 @@ class TrainStep(StepState):
         """
         model, entry = self._held()[0], self._entry("state")
         shards = entry.running.state_dict(full=False, copy=False)
+        elsewhere = entry.running.elsewhere
         self._seen.clear()
         self._behind.clear()
         for name, tensor in state_of(model).items():
             shard = shards.get(name)
             if shard is None:
+                if name in elsewhere:  # of another stage: what is written into it is noticed here too
+                    self._seen[name] = (tensor._version, tensor.data_ptr())
+                    self._behind[name] = tensor
                 continue
             if shard.shape != tensor.shape:
                 self._behind[name] = tensor
@@ -176,13 +180,19 @@ class TrainStep(StepState):
 
     def update_model(self) -> None:
         """Write the current parameters and buffers into the model; all ranks must call."""
-        if self._current is None or not self._behind:
+        if self._current is None:
             return
-        self._take_changes(self._held()[0])
-        running = self._current.running
-        shards = running.state_dict(full=False, copy=False)
-        for name, tensor in self._behind.items():
-            tensor.data.copy_(running.comm.gather(shards[name].clone(), running.state_types[name]))
+        running, model = self._current.running, self._held()[0]
+        named = state_of(model)
+        # all ranks gather the same: of several stages, what another one has is behind here only
+        names = [n for n in running.state_types if n in (named if running.map.staged else self._behind)]
+        if not names:
+            return
+        self._take_changes(model)
+        for name in names:
+            whole = running.whole(name)
+            if name in self._behind:
+                named[name].data.copy_(whole)
         self._behind.clear()
 
     @property

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..costmodel.cluster import parse_cluster
 from ..ir.module import Module
+from ..ir.verify import verify
 from ..passes.carry import Carry
 from ..passes.manager import PassManager
 from ..passes.pipeline import parse_pipeline
@@ -24,6 +25,7 @@ from .options import Options
 from .pass_table import ALL_PASSES
 from .plan import Plan
 from .report import Dump
+from .staging import is_staged, staged_dumps
 
 log = logging.getLogger("weft.trace")
 
@@ -35,17 +37,22 @@ _PATIENCE_S = 2.0
 _PLACING = (Place, RandomPlace)
 
 
+def logical_passes(kind: str) -> str:
+    """The passes from a traced program of a kind to the logical module that is placed."""
+    return {
+        "train": "simplify,outline,differentiate,simplify",
+        "forward": "simplify,outline",
+        "joint": "simplify",
+    }[kind]
+
+
 def default_pipeline(kind: str, cluster: str, mesh: str = "") -> str:
     """The passes from a traced program to a schedule.
 
     Args:
         kind: `train` (a step with its updates), `forward`, or `joint` (already differentiated).
     """
-    first = {
-        "train": "simplify,outline,differentiate,simplify",
-        "forward": "simplify,outline",
-        "joint": "simplify",
-    }[kind]
+    first = logical_passes(kind)
     place = f"place[cluster={json.dumps(cluster)}{f' mesh={json.dumps(mesh)}' if mesh else ''}]"
     return f"{first},{place},lower,fuse,coalesce,schedule"
 
@@ -118,7 +125,9 @@ def plan_program(
         "%s: %d ops, %d parameters and inputs, %s", program.target, len(program.module.entry.ops),
         len(program.module.entry.params), program.kind,
     )  # fmt: skip
-    text = options.pipeline or default_pipeline(program.kind, cluster, mesh)
+    staged = is_staged(options)
+    text = logical_passes(program.kind) if staged else options.pipeline
+    text = text or default_pipeline(program.kind, cluster, mesh)
     passes = parse_pipeline(text, ALL_PASSES)
     if known:
         passes = tuple(Carry(p, tuple(known)) if isinstance(p, _PLACING) else p for p in passes)
@@ -134,11 +143,19 @@ def plan_program(
         Dump("trace", first.module),
         *(Dump(s.name, s.module, f"{s.seconds:.2f} s") for s in later),
     ]
+    made_by = [stage.made_by for stage in manager.stages]
+    if staged:
+        progress("stages")
+        for maker, dump in staged_dumps(dumps[-1].module, program.kind, cluster, mesh, options):
+            if options.verify_each:
+                verify(dump.module)
+            made_by.append(maker)
+            dumps.append(dump)
     return Plan(
         program.target,
         parsed,
         tuple(dumps),
-        tuple(stage.made_by for stage in manager.stages),
+        tuple(made_by),
         _real(program.weights),
         _real(program.inputs),
         dict(program.meta),

@@ -95,10 +95,10 @@ class Compiler:
         program, outputs = tracing.lower(call)
         plan = self._plan(program, tracing)
         module = plan.module("schedule")
-        comm = use_mesh(Comm(plan.mesh), self.mesh)
+        comm = use_mesh(Comm(plan.mesh, stages=len(plan.schedules)), self.mesh)
         device = join_world().device
         running = Running(
-            module, comm, device, check_finite=self.options.trace_nan,
+            plan.schedules, comm, device, check_finite=self.options.trace_nan,
             cpu_backend=self.options.cpu_backend,
         )  # fmt: skip
         entry = module.entry
@@ -125,11 +125,11 @@ class Compiler:
             )
         finally:
             progress.stop()
-        if plan.mesh.size != world.size:
+        if plan.ranks != world.size:
             raise CompileError(
                 "W0501",
-                f"the plan is for {plan.mesh.size} ranks ({cluster}), the world has {world.size}",
-                hint=f"torchrun --nproc-per-node {plan.mesh.size}, or leave `cluster` out; "
+                f"the plan is for {plan.ranks} ranks ({cluster}), the world has {world.size}",
+                hint=f"torchrun --nproc-per-node {plan.ranks}, or leave `cluster` out; "
                 "weft.plan() plans for clusters that are not there",
             )
         placed = plan.module("placed")

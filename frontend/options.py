@@ -57,6 +57,10 @@ class Options:
         full_tracebacks: show weft's own frames in tracebacks (`WEFT_TRACEBACKS=full`).
         cpu_backend: what runs the actions between transfers on a CPU: `eager`, one by one, or
             `inductor`, compiled (`WEFT_CPU_BACKEND`).
+        stages: pipeline stages that the devices are dealt out to.
+        micro: micro-batches that a batch is computed in.
+        order: of the micro-batches on each stage: `1f1b`, `gpipe` or `interleaved`.
+        chunks: parts of the program on each stage, for `interleaved`.
         calibration: file of `weft calibrate` that plans are priced with (`WEFT_CALIBRATION`).
     """
 
@@ -69,13 +73,24 @@ class Options:
     full_tracebacks: bool = False
     cpu_backend: str = "eager"
     calibration: str = ""
+    stages: int = 1
+    micro: int = 1
+    order: str = "1f1b"
+    chunks: int = 1
 
     def __post_init__(self) -> None:
         """Raises CompileError W1001 for a value of another type; texts are taken for `logs`, `cache`."""
-        for name in ("cluster", "pipeline", "cpu_backend", "calibration"):
+        for name in ("cluster", "pipeline", "cpu_backend", "calibration", "order"):
             expect(getattr(self, name), str, f"the option {name}")
         for name in ("verify_each", "progress", "full_tracebacks"):
             expect(getattr(self, name), bool, f"the option {name}")
+        for name in ("stages", "micro", "chunks"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise CompileError(
+                    "W1001", f"the option {name} must be a whole number from 1 on",
+                    reason=f"it is {value!r}"[:80], hint=f"leave it out for {name}=1",
+                )  # fmt: skip
         expect(self.cache, (str, os.PathLike), "the option cache")
         logs = _names(self.logs) if isinstance(self.logs, str) else self.logs
         expect(logs, (tuple, list), "the option logs")

@@ -20,9 +20,11 @@ from ..costmodel.cluster import Cluster, parse_cluster
 from ..costmodel.simulate import Simulation, Timeline, simulate
 from ..ir.errors import CompileError
 from ..ir.module import LEVELS, Module
+from ..ir.opdef import OPS
 from ..ir.text import print_module
 from ..ir.trace_events import trace_text
-from ..ir.types import Mesh
+from ..ir.types import Mesh, local_bytes
+from ..runtime.executable import kernel_folder
 from .artifact import ArtifactWriter
 from .axes import axis_words
 from .describe import (
@@ -35,6 +37,7 @@ from .describe import (
 from .explain_text import explain_path, explain_plan
 from .options import OPTIONS
 from .report import Dump, render_report
+from .staging import stage_cluster
 
 VERSION = "0.1.0"
 
@@ -44,6 +47,12 @@ def mesh_text(mesh: Mesh | None) -> str:
     if mesh is None or not mesh.axes:
         return "one rank"
     return " x ".join(f"{name}={size}" for name, size in mesh.axes)
+
+
+def stages_text(schedules: Sequence[Module]) -> str:
+    """The mesh, and how many stages have one."""
+    mesh = mesh_text(schedules[0].mesh)
+    return f"{len(schedules)} stages of {mesh}" if len(schedules) > 1 else mesh
 
 
 @dataclass(frozen=True)
@@ -81,13 +90,25 @@ class Plan:
 
     @property
     def mesh(self) -> Mesh:
-        """The mesh that was chosen."""
+        """The mesh that was chosen; that of one stage where there are several."""
         return self.dumps[-1].module.mesh or Mesh()
+
+    @property
+    def schedules(self) -> tuple[Module, ...]:
+        """What the ranks run: one schedule, or one for each pipeline stage."""
+        count = self.dumps[-1].module.attrs.get("stages", 1)
+        assert isinstance(count, int)
+        return tuple(dump.module for dump in self.dumps[-count:])
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of all stages."""
+        return self.mesh.size * len(self.schedules)
 
     @cached_property
     def simulation(self) -> Simulation:
         """The predicted step of all ranks, on the cluster that the plan is for."""
-        return simulate(self.module("schedule"), self.cluster)
+        return simulate(self.schedules, self.cluster)
 
     @cached_property
     def timeline(self) -> Timeline:
@@ -101,13 +122,15 @@ class Plan:
         """
         if not cluster:
             return self.simulation
-        return simulate(self.module("schedule"), parse_cluster(cluster))
+        return simulate(self.schedules, parse_cluster(cluster))
 
     def summary(self) -> str:
         """The plan in a few lines."""
         return "\n".join(f"{key:<12}{value}" for key, value in self._summary())
 
     def _summary(self) -> list[tuple[str, str]]:
+        if "stages" in self.dumps[-1].module.attrs:
+            return self._staged_summary()
         spmd = self.module("spmd")
         rows = [("program", self.target), ("cluster", f"{self.cluster}, {mesh_text(self.mesh)}")]
         for axis in self.mesh.names:
@@ -128,6 +151,22 @@ class Plan:
             rows.append(("ATen", f"{len(fallen)} ops are not known to weft: {', '.join(names)}"))
         return rows
 
+    def _staged_summary(self) -> list[tuple[str, str]]:
+        shape = stages_text(self.schedules)
+        rows = [("program", self.target), ("cluster", f"{self.cluster}, {shape}")]
+        for stage, module in enumerate(self.schedules):
+            counts = Counter(op.name for op in module.entry.ops if OPS[op.name].family == "collective")
+            moved = ", ".join(f"{name} {counts[name]}" for name in sorted(counts)) or "none"
+            held = sum(
+                local_bytes(value.type, self.mesh)
+                for value, attrs in zip(module.entry.params, module.entry.param_attrs, strict=True)
+                if attrs.get("role") in ("param", "buffer", "state")
+            )
+            rows.append((f"stage {stage}", f"{human_bytes(held)} of state a rank, transfers: {moved}"))
+        step, peak = self.timeline.step_us, self.timeline.peak_bytes
+        rows.append(("predicted", f"{human_time(step)} a step, {human_bytes(peak)} a rank"))
+        return rows
+
     def explain(self, path: str = "") -> str:
         """Why the plan is as it is.
 
@@ -138,10 +177,30 @@ class Plan:
 
         Raises CompileError W1001 where nothing matches.
         """
+        if "stages" in self.dumps[-1].module.attrs:
+            return self._explain_stages(path)
         placed, spmd = self.module("placed"), self.module("spmd")
         if path:
             return explain_path(placed, spmd, self.cluster, path)
         return f"{self.summary()}\n{explain_plan(placed, spmd, self.timeline)}"
+
+    def _explain_stages(self, path: str) -> str:
+        """Each part of the program that has something under a path, or a summary of all."""
+        if not path:
+            return self.summary()
+        found, last = [], None
+        share = stage_cluster(self.cluster, len(self.schedules))
+        by_level = {level: [d for d in self.dumps if d.module.level == level] for level in LEVELS}
+        for placed, spmd in zip(by_level["placed"], by_level["spmd"], strict=True):
+            try:
+                text = explain_path(placed.module, spmd.module, share, path)
+            except CompileError as error:
+                last = error
+                continue
+            found.append(f"{placed.name.partition('-')[0]}\n{text}")
+        if not found and last is not None:
+            raise last
+        return "\n".join(found)
 
     def save(self, path: str | Path) -> None:
         """Write the artifact folder, all of it or nothing. Raises CompileError W1001."""
@@ -154,15 +213,16 @@ class Plan:
                 if tensors:
                     writer.tensors(name, tensors)
             kind = self.cluster.groups[0].kind
-            kernels = writer.folder / "kernels"
-            emit_kernels(self.module("schedule"), kernels, kind, cache=OPTIONS.cache / "kernels")
+            for stage, module in enumerate(self.schedules):
+                folder = kernel_folder(writer.folder, len(self.schedules), stage)
+                emit_kernels(module, folder, kind, cache=OPTIONS.cache / "kernels")
             writer.gzipped("timeline.json.gz", trace_text(self.simulation.events()))
             writer.text("report.html", self.report())
             writer.commit(self._info(names))
 
     def report(self) -> str:
         """The report page as HTML text."""
-        subtitle = f"{self.cluster}, {mesh_text(self.mesh)}, weft {VERSION}"
+        subtitle = f"{self.cluster}, {stages_text(self.schedules)}, weft {VERSION}"
         return render_report(
             f"weft plan: {self.target}", subtitle, self._summary(), self.dumps, self.timeline,
             self.cluster,
@@ -176,8 +236,8 @@ class Plan:
             "target": self.target,
             "cluster": str(self.cluster),
             cluster_json.KEY: cluster_json.to_json(self.cluster),
-            "mesh": mesh_text(self.mesh),
-            "ranks": self.mesh.size,
+            "mesh": stages_text(self.schedules),
+            "ranks": self.ranks,
             "predicted": {
                 "step_us": self.timeline.step_us,
                 "memory_bytes": self.timeline.peak_bytes,

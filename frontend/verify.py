@@ -20,6 +20,7 @@ from ..ir.module import Attr, Function, Module, Op, Value
 from ..ir.types import TensorType
 from ..runtime.context import TORCH_DTYPES
 from ..runtime.interpreter import evaluate, run_function
+from ..runtime.lockstep_stages import evaluate_stages, whole_name
 
 #: dtypes that are computed in float64
 _WIDENED = frozenset({"f32", "f16", "bf16"})
@@ -177,8 +178,17 @@ def verify_dumps(
     """Compare all dumps; yields one row each, as soon as it is known."""
     known: dict[tuple[str, ...], tuple[str, dict[str, Tensor], tuple[Tensor, ...]]] = {}
     marked: tuple[str, dict[str, Tensor]] | None = None
+    whole: tuple[str, Module, tuple[Tensor, ...]] | None = None
+    stages: list[Module] = []
     for name, module in dumps:
         key, wide = interface(module), widen(module)
+        if "stages" in module.attrs:
+            stages.append(wide)
+            assert whole is not None
+            if len(stages) == module.attrs["stages"]:
+                yield Check(name, module.level, whole[0], _staged_difference(stages, *whole[1:]))
+            continue
+        part = "part" in module.attrs  # of the program: it is compared with itself at other levels
         has_marks = any(a.get("role") == "backward" for a in module.entry.result_attrs)
         run = evaluate_marked if has_marks else evaluate
         if key in known:
@@ -187,14 +197,31 @@ def verify_dumps(
             yield Check(name, module.level, first, _difference(expected, actual))
             continue
         inputs = random_inputs(module, given, seed)
+        if not part:
+            whole = name, wide, inputs
         values = _named(module, run(wide, inputs))
         known[key] = name, values, inputs
-        if marked is not None:
+        if marked is not None and not part:
             yield Check(name, module.level, marked[0], _difference(marked[1], values))
             continue
         if has_marks:
             marked = name, values
         yield Check(name, module.level, "", 0.0)
+
+
+def _staged_difference(
+    stages: Sequence[Module], whole: Module, inputs: Sequence[Tensor]
+) -> float:
+    """The largest relative error of all stages together against the whole program."""
+    entry = whole.entry
+    names = {v.name: whole_name(a) for v, a in zip(entry.params, entry.param_attrs, strict=True)}
+    given = {names[v.name]: t for v, t in zip(entry.params, inputs, strict=True)}
+    results, updates = evaluate_stages(stages, given)
+    actual = [
+        updates[names[str(attrs["updates"])]] if "updates" in attrs else results[number]
+        for number, attrs in enumerate(entry.result_attrs)
+    ]
+    return difference(evaluate(whole, inputs), actual)
 
 
 def _difference(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor]) -> float:

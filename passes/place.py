@@ -188,6 +188,7 @@ def search_mesh(
     phases: Sequence[str] | None = None,
     micro: int = 1,
     constraints: Constraints = Constraints(),
+    enough: float = 0.0,
 ) -> PlacementResult | None:
     """The fastest placement on one mesh that fits, or the one of least memory; None if none is legal.
 
@@ -198,13 +199,14 @@ def search_mesh(
         micro: number of micro-batches; the module is the program of one.
         constraints: what the placement must obey. One that is about an axis that the mesh does not
             have says nothing.
+        enough: relative gap at which the search stops; 0 for a proven optimum.
 
     Raises:
         CompileError: W0402 where constraints contradict each other, with a least set of them, or one
             is about nothing in the program, or the memory cap cannot be kept.
     """
     runs = Runs(tuple(phases) if phases is not None else None, micro)
-    task = _Task(module, mesh, cluster, limit_s, joint_axes, runs, constraints)
+    task = _Task(module, mesh, cluster, limit_s, joint_axes, runs, constraints, enough)
     best = task.attempt(0.0)
     if best is None and task.chosen.rules:
         raise conflict(task.chosen.rules, lambda rules: task.legal(rules))
@@ -248,6 +250,7 @@ class _Task:
     joint_axes: int
     runs: Runs
     constraints: Constraints
+    enough: float = 0.0
 
     def __post_init__(self) -> None:
         self.start = time.perf_counter()
@@ -274,7 +277,7 @@ class _Task:
     def attempt(self, us_per_byte: float) -> PlacementResult | None:
         """The best placement at a price of memory."""
         if self.model is not None:
-            solution = solve(self.model.weighted(us_per_byte), self.limit_s)
+            solution = solve(self.model.weighted(us_per_byte), self.limit_s, self.enough)
             if solution is None:
                 return None
             decoded = self.model.plan(solution.states)
@@ -290,7 +293,7 @@ class _Task:
             for free in combinations(range(len(self.mesh.axes)), 2):
                 model = self._model(Near(chosen, frozenset(free)))
                 bound_us = bound_us or model.least_compute_us()
-                solution = solve(model.weighted(us_per_byte), self.limit_s)
+                solution = solve(model.weighted(us_per_byte), self.limit_s, self.enough)
                 if solution is None:
                     return best
                 if solution.cost < cost:
@@ -380,7 +383,7 @@ class Place(Pass):
             )  # fmt: skip
         cluster = parse_cluster(text)
         result = search(
-            module, cluster, self._candidates(cluster), limit_s=self.limit_s,
+            module, cluster, self.candidates(cluster), limit_s=self.limit_s,
             constraints=Constraints.parse(self.constraints),
         )  # fmt: skip
         for number, report in enumerate(result.report):
@@ -391,7 +394,8 @@ class Place(Pass):
                 log.debug("@%s %s at %s: %s", function.name, op.name, op.loc, split or "whole")
         return result.placed.with_(attrs={**module.attrs, "cluster": text})
 
-    def _candidates(self, cluster: Cluster) -> list[Mesh] | None:
+    def candidates(self, cluster: Cluster) -> list[Mesh] | None:
+        """The mesh of the option; None where it leaves that open. Raises CompileError W0501."""
         if not self.mesh:
             return None
         if "=" in self.mesh:
