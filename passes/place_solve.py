@@ -30,13 +30,13 @@ WORK_LOG10 = 8.7
 #: (most sweeps, radius of the classes) of the rounds of tightening: in networks of few variables,
 #: and in others, where classes are refined from round to round
 _FEW = ((100, 1), (60, 1), (60, 1), (60, 1), (60, 1))
-_MANY = ((30, 3), *((10, 1),) * 24)
+_MANY = ((20, 3), *((10, 1),) * 24)
 #: a candidate so close to the bound is not improved on before states have been excluded
 _NEAR = 1e-5
 #: the round after one that gained nothing
-_WIDE = (30, 10)
-#: a round of many that raises the bound by a smaller part ends them
-_STALLED = 1e-6
+_WIDE = (40, 10)
+#: a round of many gained nothing if it raised the bound by a smaller part
+_STALLED = 1e-3
 
 @dataclass(frozen=True)
 class Solution:
@@ -70,11 +70,16 @@ class Solution:
         return self.cost - self.lower_bound <= 1e-6 * max(1.0, abs(self.cost))
 
 
-def solve(network: Network, limit_s: float = 30.0) -> Solution | None:
-    """The cheapest assignment, or None where every one is forbidden. The network is not changed."""
+def solve(network: Network, limit_s: float = 30.0, enough: float = 0.0) -> Solution | None:
+    """The cheapest assignment, or None where every one is forbidden. The network is not changed.
+
+    Args:
+        limit_s: seconds after which the best so far is returned.
+        enough: relative gap to the lower bound at which the search may stop.
+    """
     start = time.perf_counter()
     width = order_of(network).width
-    search = _Search(start + limit_s)
+    search = _Search(start + limit_s, enough)
     search.visit(network.rounded())
     if search.best is None:
         return None
@@ -89,8 +94,8 @@ def solve(network: Network, limit_s: float = 30.0) -> Solution | None:
 
 
 class _Search:
-    def __init__(self, deadline: float) -> None:
-        self.deadline = deadline
+    def __init__(self, deadline: float, enough: float) -> None:
+        self.deadline, self.enough = deadline, enough
         self.upper, self.best = inf, None  # type: float, dict[int, int] | None
         self.bound = inf  #: least bound of what was not searched to its end
         self.nodes = self.core_variables = self.core_width = 0
@@ -105,8 +110,16 @@ class _Search:
             )
 
     def closed(self, network: Network) -> bool:
-        """Whether nothing better can be in this part."""
-        return not network.feasible() or lower_bound(network) >= self.upper - self.tolerance
+        """Whether nothing better, or nothing that is enough better, can be in this part."""
+        if not network.feasible():
+            return True
+        bound = lower_bound(network)
+        if bound >= self.upper - self.tolerance:
+            return True
+        if bound >= self.upper - self.enough * abs(self.upper):
+            self.bound = min(self.bound, bound)
+            return True
+        return False
 
     @property
     def tolerance(self) -> float:

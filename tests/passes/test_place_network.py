@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weft.passes import place_solve
+from weft.passes import place_bound, place_solve
 from weft.passes.place_bound import exclude, lower_bound, tighten
 from weft.passes.place_eliminate import order_of, solve_by_elimination
 from weft.passes.place_network import FORBIDDEN, Network, reduce
@@ -138,6 +138,44 @@ def test_a_search_out_of_time_still_answers_and_states_an_honest_gap() -> None:
     solution = solve(network, limit_s=0.0)
     assert solution is not None and not solution.exact
     assert 0 < solution.lower_bound < solution.cost == pytest.approx(network.cost(solution.states))
+
+
+def test_a_search_that_may_stop_early_states_an_honest_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(place_solve, "TABLE_LOG10", 0.5)
+    for seed in range(60):
+        network = random_network(seed, most=7, density=0.9)
+        best, solution = least(network), solve(network, enough=0.2)
+        if best < FORBIDDEN / 2:
+            assert solution is not None
+            assert solution.lower_bound <= best + 1e-9 <= solution.cost + 2e-9
+            assert solution.cost - solution.lower_bound <= 0.2 * abs(solution.cost) + 1e-9
+
+
+@given(seed=seeds)
+@settings(max_examples=40)
+def test_equal_parts_are_solved_as_they_would_be_one_by_one(seed: int) -> None:
+    """A chain of equal parts: classes, memos and rounding keep the minimum."""
+    rng = np.random.default_rng(seed)
+    part, network = random_network(seed, most=2), Network()
+    shape = (len(part.unary[len(part.unary) - 1]), len(part.unary[0]))
+    link = np.asarray(rng.integers(0, 9, shape), dtype=float)
+    ends: list[tuple[int, int]] = []
+    for _ in range(3):
+        numbers = network.graft(part)
+        ends.append((numbers[0], numbers[len(part.unary) - 1]))
+    for (_, last), (first, _) in zip(ends, ends[1:], strict=False):
+        network.add_cost(last, first, link)
+    best = least(network)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(place_bound, "SINGLE", 0)
+        patch.setattr(place_solve, "SINGLE", 0)
+        patch.setattr(place_solve, "TABLE_LOG10", 0.5)
+        solution = solve(network)
+    if best >= FORBIDDEN / 2:
+        assert solution is None
+        return
+    assert solution is not None and solution.exact
+    assert solution.cost == pytest.approx(best) == network.cost(solution.states)
 
 
 def test_widths_of_known_graphs() -> None:
