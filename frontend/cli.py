@@ -16,6 +16,10 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "cli_compile", "compile_command",
         "Plan TARGET (module:factory) ahead of time and write an artifact; no device is needed.",
     ),
+    "search": (
+        "cli_search", "search_command",
+        "Search stages, micro-batches and placements of TARGET together, and say what lost.",
+    ),
     "run": (
         "cli_run", "run",
         "Run an artifact on its example inputs, under torchrun or starting the processes itself.",

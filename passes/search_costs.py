@@ -7,7 +7,7 @@ stages that it takes once more as what they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,11 +32,14 @@ class UnitCosts:
 
     Attributes:
         forward_us, backward_us: of one micro-batch, shape (units,).
-        update_us: once a step: reductions of accumulated gradients, optimizer.
+        update_us: once a step: parameters gathered for all micro-batches, reductions of accumulated
+            gradients, optimizer.
         persistent_bytes: parameters, optimizer states and accumulated gradients of a rank.
         saved_bytes: what a micro-batch in flight holds between its forward and its backward.
         kept_bytes: what it still holds where the unit is computed again in its backward.
         transient_bytes: the most that one unit's ops hold besides.
+        moved_us: of forward and backward, what collectives take.
+        moved_update_us: of the update, what collectives take.
         crossing: (value's bytes on a rank, unit that makes it, units that read it) of each
             activation that a unit reads from another one.
     """
@@ -49,12 +52,34 @@ class UnitCosts:
     saved_bytes: Array
     kept_bytes: Array
     transient_bytes: Array
+    moved_us: Array
+    moved_update_us: Array
     crossing: tuple[tuple[float, int, frozenset[int]], ...]
 
     @property
     def loop_us(self) -> Array:
         """Forward and backward of a micro-batch."""
         return self.forward_us + self.backward_us
+
+
+    def spread(self, of: Sequence[int], edges: Collection[tuple[int, int]]) -> UnitCosts:
+        """The costs of more units: unit i costs what unit `of[i]` does here; `edges` joins them."""
+        rows = np.asarray(of)
+        readers: dict[int, set[int]] = {}
+        for i, j in edges:
+            readers.setdefault(i, set()).add(j)
+        crossing = [
+            (size, i, found)
+            for i, own in enumerate(of)
+            for size, made, read in self.crossing
+            if made == own and (found := frozenset(j for j in readers.get(i, ()) if of[j] in read))
+        ]
+        return UnitCosts(
+            self.mesh, self.forward_us[rows], self.backward_us[rows], self.update_us[rows],
+            self.persistent_bytes[rows], self.saved_bytes[rows], self.kept_bytes[rows],
+            self.transient_bytes[rows], self.moved_us[rows], self.moved_update_us[rows],
+            tuple(crossing),
+        )  # fmt: skip
 
 
 class _Pricer:
@@ -64,25 +89,26 @@ class _Pricer:
         self.module, self.cluster = module, cluster
         self.mesh = module.mesh or Mesh()
         self.cost = collective_cost(cluster, self.mesh)
-        self.functions: dict[str, float] = {}
+        self.functions: dict[str, tuple[float, float]] = {}
         self.peaks: dict[str, int] = {}
 
-    def time_us(self, op: Op) -> float:
-        """Time of an op, a reshard or a call."""
+    def time_us(self, op: Op) -> tuple[float, float]:
+        """(time, of it collectives) of an op, a reshard or a call."""
         if op.name == "call":
             name = str(op.attrs["callee"])
             if name not in self.functions:
-                inner = self.module.function(name).ops
-                self.functions[name] = sum(map(self.time_us, inner))
+                inner = [self.time_us(op) for op in self.module.function(name).ops]
+                self.functions[name] = sum(t for t, _ in inner), sum(m for _, m in inner)
             return self.functions[name]
         if op.name == "reshard":
             source, target = op.operands[0].type, op.result.type
             assert source.placement is not None and target.placement is not None
-            return reshard_cost_us(
+            time_us = reshard_cost_us(
                 source, self.mesh, source.placement, target.placement, self.cost
             )
+            return time_us, time_us
         states = tuple(op.split.get(axis, "") for axis in self.mesh.names)
-        return op_time_us(op, states, self.mesh, self.cluster)
+        return op_time_us(op, states, self.mesh, self.cluster), 0.0
 
     def peak_bytes(self, op: Op) -> float:
         """What an op holds while it runs: its results, or what its callee does at most."""
@@ -108,7 +134,7 @@ def _callees(function: Function) -> list[str]:
 
 def unit_costs(
     placed: Module,
-    phase_of: Mapping[str, str],
+    phases: Sequence[str],
     unit_of: Mapping[str, int],
     units: int,
     cluster: Cluster,
@@ -117,73 +143,70 @@ def unit_costs(
 
     Args:
         placed: the whole program for one micro-batch.
-        phase_of, unit_of: by the first result of each op of the logical entry. Ops without a unit
-            that are not updates are computed on each stage, and cost nothing here.
+        phases: of each op of its entry: `before`, `forward`, `backward` or `update`.
+        unit_of: by the first result of each op of the logical entry. Ops without a unit that are
+            no updates are computed on each stage, and cost nothing here.
     """
-    return _Reader(placed, phase_of, unit_of, units, cluster).read()
+    return _Reader(placed, phases, unit_of, units, cluster).read()
 
 
 class _Reader:
     def __init__(
         self,
         placed: Module,
-        phase_of: Mapping[str, str],
+        phases: Sequence[str],
         unit_of: Mapping[str, int],
         units: int,
         cluster: Cluster,
     ) -> None:
         self.pricer = _Pricer(placed, cluster)
         self.entry, self.count = placed.entry, units
-        self.phase_of, self.unit_of = phase_of, dict(unit_of)
-        self.makers = self.entry.defs()
+        self.phase_of = {
+            op.results[0].name: phase for op, phase in zip(self.entry.ops, phases, strict=True)
+        }
+        self.unit_of = dict(unit_of)
+        self.makers, self.readers = self.entry.defs(), self.entry.uses()
         self.owner = self._owners()
 
     def read(self) -> UnitCosts:
         """All costs."""
         times = {phase: np.zeros(self.count) for phase in ("forward", "backward", "update")}
+        moved = {phase: np.zeros(self.count) for phase in times}
         transient = np.zeros(self.count)
         for op in self.entry.ops:
             phase, unit = self._home(op)
             if unit < 0:
                 continue
-            times[phase if phase in LOOP else "update"][unit] += self.pricer.time_us(op)
+            own, moves = self.pricer.time_us(op)
+            times[phase if phase in LOOP else "update"][unit] += own
+            moved[phase if phase in LOOP else "update"][unit] += moves
             if phase in LOOP:
                 transient[unit] = max(transient[unit], self.pricer.peak_bytes(op))
         saved, kept, persistent, crossing = self._values()
         return UnitCosts(
             self.pricer.mesh, times["forward"], times["backward"], times["update"], persistent,
-            saved, kept, transient, crossing,
+            saved, kept, transient, moved["forward"] + moved["backward"], moved["update"], crossing,
         )  # fmt: skip
 
     def _home(self, op: Op) -> tuple[str, int]:
-        """Phase and unit of an op; a reshard belongs to what it is for.
-
-        It stands right before its first reader. One of an accumulated gradient runs once a step,
-        since its reader is an update.
-        """
+        """Phase and unit of an op; a reshard belongs to the unit that it is for."""
         name = op.results[0].name
+        phase = self.phase_of[name]
         if op.name != "reshard":
-            return self.phase_of.get(name, "update"), self._unit(op)
+            return phase, self._unit(op)
         for reader in self.readers.get(name, ()):
-            phase, unit = self._home(reader)
+            unit = self._home(reader)[1]
             if unit >= 0:
                 return phase, unit
         made = self._origin(op.operands[0])
         maker = self.makers.get(made.name)
-        return ("update", self.owner.get(made.name, -1)) if maker is None else self._home(maker)
-
-    @property
-    def readers(self) -> Mapping[str, Sequence[Op]]:
-        """Ops that read each value."""
-        if not hasattr(self, "_readers"):
-            self._readers = self.entry.uses()
-        return self._readers
+        return phase, self.owner.get(made.name, -1) if maker is None else self._home(maker)[1]
 
     def _unit(self, op: Op) -> int:
         """The unit of a logical op: of updates, that of the parameter or gradient that they read."""
         name = op.results[0].name
         found = self.unit_of.get(name, -1)
-        if found >= 0 or self.phase_of.get(name, "update") != "update":
+        if found >= 0 or self.phase_of[name] != "update":
             return found
         homes = [self.owner[o.name] for v in op.operands if (o := self._origin(v)).name in self.owner]
         if not homes:
@@ -209,7 +232,7 @@ class _Reader:
         sources = {p.name: {p.name} for p in self.entry.params}
         for op in self.entry.ops:
             name = op.results[0].name
-            phase = self.phase_of.get(name, "")
+            phase = self.phase_of[name]
             if op.name == "reshard" or phase == "before":
                 read = set().union(*(sources.get(v.name, set()) for v in op.operands), set())
                 sources.update((v.name, read) for v in op.results)
@@ -218,7 +241,7 @@ class _Reader:
                     for source in sources.get(value.name, ()):
                         owner.setdefault(source, self.unit_of[name])
         for op in self.entry.ops:  # optimizer states live where their parameter does
-            if self.phase_of.get(op.results[0].name) == "update":
+            if self.phase_of[op.results[0].name] == "update":
                 names = [name for v in op.operands for name in sources.get(v.name, ())]
                 homes = [owner[n] for n in names if n in owner]
                 if homes:
@@ -237,6 +260,8 @@ class _Reader:
         crossing = []
         for op in self.entry.ops:
             phase, unit = self._home(op)
+            if unit >= 0 and phase == "before" and op.name == "reshard":  # kept for the step
+                persistent[unit] += self.pricer.bytes(op.result)
             if unit < 0 or phase not in LOOP:
                 continue
             for value in op.results:

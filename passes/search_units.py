@@ -184,6 +184,8 @@ def _assign_backward(
         if phase != "backward" or name in copied:
             continue
         saved = [forward_unit[v.name] for v in op.operands if v.name in forward_unit]
+        if op.name == "call":  # a block that is computed again reads its weights, and saves nothing
+            saved += [owner[v.name] for v in op.operands if v.name in owner]
         above = [backward_unit[v.name] for v in op.operands if v.name in backward_unit]
         home = [wanted[v.name] for v in op.results if v.name in wanted]
         if saved:

@@ -8,10 +8,11 @@ if TYPE_CHECKING:
     from .frontend.compiled import compile
     from .frontend.load import load
     from .frontend.plan import Plan
+    from .frontend.searching import search
     from .ir.errors import CompileError, RunError, WeftError
 
 __version__: str
-__all__ = ["CompileError", "Plan", "RunError", "WeftError", "compile", "load", "plan"]
+__all__ = ["CompileError", "Plan", "RunError", "WeftError", "compile", "load", "plan", "search"]
 
 #: public name -> the module that has it, and its name there
 _HOMES = {
@@ -19,6 +20,7 @@ _HOMES = {
     "WeftError": ("ir.errors", "WeftError"), "Plan": ("frontend.plan", "Plan"),
     "__version__": ("frontend.plan", "VERSION"), "compile": ("frontend.compiled", "compile"),
     "load": ("frontend.load", "load"), "plan": ("frontend.api", "plan"),
+    "search": ("frontend.searching", "search"),
 }  # fmt: skip
 
 

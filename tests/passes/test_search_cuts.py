@@ -23,7 +23,7 @@ def units_of(count: int, edges: set[tuple[int, int]]) -> Units:
 def costs_of(rng: np.random.Generator, count: int) -> UnitCosts:
     row = lambda high: rng.integers(1, high, count).astype(float)  # noqa: E731
     return UnitCosts(
-        Mesh(), row(9), row(9), row(9), row(5), row(5), np.zeros(count), row(3), ()
+        Mesh(), row(9), row(9), row(9), row(5), row(5), np.zeros(count), row(3), *np.zeros((2, count)), ()
     )
 
 
@@ -92,7 +92,7 @@ def test_two_towers_are_cut_side_by_side() -> None:
     """Stages need not be pieces of a line: of two towers of two units each, one is a stage."""
     units = units_of(4, {(0, 1), (2, 3)})
     even = np.ones(4)
-    costs = UnitCosts(Mesh(), even, even, even * 0, even, even, even, even, ())
+    costs = UnitCosts(Mesh(), even, even, even * 0, even, even, even, even, even, even, ())
     cut = Cutter(units, 4).best([Block(0, 1, costs, 99.0), Block(1, 2, costs, 99.0)], 2)[-1]
     assert cut.bottleneck_us == 4.0
     assert units.complete and len(units.ideals) == 9

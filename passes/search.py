@@ -1,0 +1,519 @@
+"""The outer search: stages, micro-batches, order, recompute and meshes of a train step, together.
+
+    for each way to deal the devices out to stages, and each mesh of a stage     (a *layout*)
+        a bound from the ops' least times; where it is above the best plan, next
+        place the program of one micro-batch on the mesh                         place.search_mesh
+        read the costs of its units off the placed module                        search_costs
+        for each number of micro-batches: cut units over stages                  search_cuts
+            for each order: step time, memory, exactly                           search_evaluate
+
+The program is placed once per layout, whatever its depth, and the placement is priced again for
+each number of micro-batches. Layouts come in the order of their bounds, so the first that cannot
+win ends the search. All of it is deterministic; a budget ends it at the best plan so far.
+
+Memory: where no cut fits, the program is placed again under a cap.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import inf
+
+from ..costmodel.cluster import Cluster, Group, make_cluster, meshes
+from ..ir.errors import CompileError
+from ..ir.module import Module, Op
+from ..ir.types import Mesh
+from .apply import apply_phased
+from .constraints import Constraints
+from .micro import LOOP, TimeSplit, time_split
+from .place import MEMORY_SHARE, PlacementResult, search_mesh
+from .place_states import states_of
+from .search_costs import UnitCosts, unit_costs
+from .search_cuts import Block, Cut, Cutter, Part
+from .search_evaluate import Pipeline, evaluate
+from .search_short import Short, shorten
+from .search_units import Units, units_of
+from .stages import cut
+
+log = logging.getLogger("weft.search")
+
+#: micro-batches per stage that are tried: more shrink the bubble, and each of them
+_PER_STAGE = (1, 2, 4, 8, 16)
+#: chunks of a stage under the interleaved order
+_CHUNKS = (2, 4)
+#: caps of the placed program's memory that are tried where nothing fits, as parts of what the
+#: devices of all stages have
+_CAPS = (0.5, 0.2)
+#: more memory than any program takes: its placement is the fastest, whatever it holds
+_ROOM_BYTES = 1e18
+#: rejected plans that are kept for people
+_KEPT = 5
+#: limit of one placement, after which it is the best found; meshes of more axes than these are
+#: searched by descent, which takes ten times as long: they come last
+_PLACE_S, _JOINT_AXES = 20.0, 2
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user asks of a plan; None and empty leave it to the search.
+
+    Attributes:
+        stages, micro: their number.
+        order: `gpipe`, `1f1b` or `interleaved`.
+        recompute: whether activations may be computed again.
+        constraints: on placements and memory.
+    """
+
+    stages: int | None = None
+    micro: int | None = None
+    order: str = ""
+    recompute: bool = True
+    constraints: Constraints = Constraints()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Devices dealt out to stages: equal stages of a homogeneous cluster, on a mesh each."""
+
+    stages: int
+    mesh: Mesh
+    cluster: Cluster  #: of one stage
+    ranks: int  #: of one stage
+
+    def __str__(self) -> str:
+        axes = " x ".join(f"{name}={size}" for name, size in self.mesh.axes) or "one device"
+        return axes if self.stages == 1 else f"{self.stages} stages of {axes}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A plan that was evaluated, and the placement that it stands on."""
+
+    pipeline: Pipeline
+    layout: Layout
+    placement: PlacementResult = field(repr=False)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What the outer search found.
+
+    Attributes:
+        best: the fastest plan that fits.
+        split: the program over time that its stages are cut from.
+        units: what stages are made of.
+        rejected: the best plan of each other layout and of other numbers of micro-batches, and why
+            it lost, the nearest first.
+        layouts: how many there are; `bounded` of them could not win by their bound alone.
+        evaluated: plans that were evaluated.
+        lower_bound_us: no plan of the layouts that were looked at is faster than this.
+        seconds: that the search took.
+        complete: False where the budget ended it.
+    """
+
+    best: Found
+    split: TimeSplit
+    units: Units
+    rejected: tuple[tuple[Found, str], ...]
+    layouts: int
+    bounded: int
+    evaluated: int
+    lower_bound_us: float
+    seconds: float
+    complete: bool
+
+
+def search_plan(
+    module: Module,
+    cluster: Cluster,
+    *,
+    wishes: Wishes = Wishes(),
+    budget_s: float = inf,
+    layouts: Sequence[Layout] | None = None,
+) -> SearchResult:
+    """The fastest plan of a logical train step.
+
+    Args:
+        budget_s: after so many seconds the best plan so far is returned.
+        layouts: what is tried; `layouts_of(cluster)` by default.
+
+    Raises CompileError: W0402 where nothing fits, with what it misses by; W0404 where wishes cannot be
+        met, or the budget ran out before a first plan.
+    """
+    return _Search(module, cluster, wishes, budget_s, layouts).run()
+
+
+def layouts_of(cluster: Cluster, most_stages: int) -> Iterator[Layout]:
+    """Equal stages: whole hosts each, or equal parts of hosts; the meshes of `cluster.meshes`."""
+    group = cluster.homogeneous()
+    for stages in range(1, min(most_stages, group.ranks) + 1):
+        if group.ranks % stages:
+            continue
+        ranks = group.ranks // stages
+        if ranks % group.devices == 0:
+            own = Group(group.kind, ranks // group.devices, group.devices)
+        elif group.devices % ranks == 0:
+            own = Group(group.kind, 1, ranks)
+        else:
+            continue
+        part = part_of(cluster, own)
+        for mesh in meshes(part):
+            yield Layout(stages, mesh, part, ranks)
+
+
+def part_of(cluster: Cluster, group: Group) -> Cluster:
+    """Some of a cluster's devices as a cluster: same links; cores of a host shared as before."""
+    device = cluster.device
+    if group.kind != device.kind:
+        other = make_cluster((group,))
+        return replace(other, inter=cluster.inter)
+    if device.cores:
+        share = group.devices / cluster.devices_per_host
+        device = replace(device, cores=max(1, round(device.cores * min(1.0, share))))
+    return replace(cluster, groups=(group,), device=device)
+
+
+@dataclass
+class _Program:
+    """The shortened program for one number of micro-batches."""
+
+    module: Module  #: of one micro-batch
+    phases: tuple[str, ...]
+    unit_of: Mapping[str, int]
+    units: int
+
+
+class _Search:
+    def __init__(
+        self,
+        module: Module,
+        cluster: Cluster,
+        wishes: Wishes,
+        budget_s: float,
+        layouts: Sequence[Layout] | None,
+    ) -> None:
+        self.module, self.cluster, self.wishes = module, cluster, wishes
+        self.start, self.budget_s = time.perf_counter(), budget_s
+        self.programs: dict[int, _Program] = {}
+        self.found: list[Found] = []
+        self.misfit: Pipeline | None = None
+        self.evaluated = 0
+        self.fastest = inf  #: step of the layout at hand, whether it fits or not
+        self.given = layouts
+        whole = time_split(module, 1)
+        self.units = units_of(whole)
+        short = shorten(whole, self.units)
+        if short is None:
+            short = Short(module, tuple(range(self.units.count)), 1.0)
+        self.short = short
+
+    def run(self) -> SearchResult:
+        """Search. See `search_plan`."""
+        layouts = self._layouts(self.units)
+        bounds = [self._bound_us(layout) for layout in layouts]
+        slow = [len(layout.mesh.axes) > _JOINT_AXES for layout in layouts]
+        order = sorted(range(len(layouts)), key=lambda i: (slow[i], bounds[i], layouts[i].stages, i))
+        bounded, complete, open_bounds = 0, True, []
+        for position, index in enumerate(order):
+            if self.found and bounds[index] >= self._best().pipeline.step_us:
+                bounded += 1
+                continue
+            if time.perf_counter() - self.start > self.budget_s:
+                complete = False
+                open_bounds = [bounds[i] for i in order[position:]]
+                break
+            self._layout(layouts[index])
+        if not self.found:
+            raise self._nothing(complete)
+        best = self._best()
+        lower = min([best.pipeline.step_us, *open_bounds, min(bounds, default=inf)])
+        split = time_split(self.module, best.pipeline.micro)
+        return SearchResult(
+            best, split, units_of(split), tuple(self._rejected(best)), len(layouts), bounded,
+            self.evaluated, lower, time.perf_counter() - self.start, complete,
+        )  # fmt: skip
+
+    def _layouts(self, units: Units) -> list[Layout]:
+        wanted = self.wishes.stages
+        if self.given is not None:
+            layouts = list(self.given)
+        else:
+            layouts = list(layouts_of(self.cluster, min(units.count, wanted or units.count)))
+        chosen = [layout for layout in layouts if wanted in (None, layout.stages)]
+        if not chosen:
+            raise CompileError(
+                "W0404", f"no plan of {wanted} stages on {self.cluster}",
+                reason=f"{self.cluster.ranks} devices and {units.count} parts of the program do not "
+                f"divide into {wanted} stages", hint="leave stages out, or ask for a divisor",
+            )  # fmt: skip
+        return chosen
+
+    def _program(self, micro: int) -> _Program:
+        if micro not in self.programs:
+            split = time_split(self.short.module, micro)
+            units = units_of(split)
+            stage = cut(split, [0] * len(split.phases))[0]
+            ops = split.module.entry.ops
+            unit_of = {
+                op.results[0].name: unit for op, unit in zip(ops, units.stage_of, strict=True)
+            }
+            self.programs[micro] = _Program(stage.module, stage.phases, unit_of, units.count)
+        return self.programs[micro]
+
+    def _micros(self, layout: Layout) -> list[int]:
+        """Numbers of micro-batches, the one that the layout is placed with first."""
+        if self.wishes.micro is not None:
+            return [self.wishes.micro]
+        counts = [1] if layout.stages == 1 else [layout.stages * k for k in _PER_STAGE]
+        legal = [count for count in counts if self._can_split(count)]
+        if not legal:
+            legal = [count for count in range(layout.stages, 0, -1) if self._can_split(count)][:1]
+        middle = min(len(legal) - 1, 2)
+        return [legal[middle], *legal[:middle], *legal[middle + 1 :]]
+
+    def _can_split(self, micro: int) -> bool:
+        try:
+            self._program(micro)
+        except CompileError as error:
+            if error.code != "W0404":
+                raise
+            return False
+        return True
+
+    # -- bounds ---------------------------------------------------------------------------------
+
+    def _bound_us(self, layout: Layout) -> float:
+        """No plan of a layout is faster, its collectives left out.
+
+        With work w_s of stage s per micro-batch, a step takes at least m w_s + w_0 + ... + w_(s-1)
+        for each s. Over all w of sum W the largest of them is least where all are equal, which is
+        W / (1 - (1 - 1/m)^p).
+        """
+        bounds = []
+        for micro in self._micros(layout):
+            program = self._program(micro)
+            least = _least_us(program, layout, self.short.of)
+            share = 1 - (1 - 1 / micro) ** layout.stages
+            bounds.append(least / share)
+        return min(bounds, default=inf)
+
+    # -- one layout -----------------------------------------------------------------------------
+
+    def _layout(self, layout: Layout) -> None:
+        first, *others = self._micros(layout)
+        before = len(self.found)
+        self.fastest = inf
+        devices = layout.stages * layout.cluster.device.memory_bytes
+        caps = [MEMORY_SHARE * devices] if layout.stages == 1 else [inf]
+        caps += [devices * part for part in _CAPS] if layout.stages > 1 else []
+        for number, cap in enumerate(caps):
+            if number and self._hopeless(layout, before):
+                break
+            placement = self._place(layout, first, cap)
+            if placement is None:
+                continue
+            for micro in (first, *others):
+                try:
+                    self._plans(layout, placement, micro)
+                except CompileError as error:
+                    if error.code not in ("W0401", "W0402"):
+                        raise
+                    # too few rows for the splits of other micro-batches
+                    own = self._place(layout, micro, cap)
+                    if own is not None:
+                        self._plans(layout, own, micro)
+        if len(self.found) == before and layout.stages == 1 and self.wishes.micro is None:
+            self._accumulate(layout)
+
+    def _hopeless(self, layout: Layout, before: int) -> bool:
+        """Is less memory of no use? Plans fit as they are, or would be too slow if they did."""
+        fits = self.found[before:]
+        if fits and not any(s.recompute for f in fits for s in f.pipeline.stages):
+            return True
+        return bool(self.found) and self.fastest >= self._best().pipeline.step_us
+
+    def _accumulate(self, layout: Layout) -> None:
+        """One stage that does not fit: smaller micro-batches, until it does."""
+        micro = 2
+        while self._can_split(micro) and time.perf_counter() - self.start < self.budget_s:
+            placement = self._place(layout, micro, MEMORY_SHARE * layout.cluster.device.memory_bytes)
+            if placement is not None and self._plans(layout, placement, micro):
+                return
+            micro *= 2
+
+    def _place(self, layout: Layout, micro: int, cap: float) -> PlacementResult | None:
+        program = self._program(micro)
+        left = max(0.5, self.budget_s - (time.perf_counter() - self.start))
+        wanted = self.wishes.constraints
+        most = min(cap, (wanted.memory_bytes or inf) * layout.stages) * self.short.share
+        device = layout.cluster.device
+        room = replace(device, memory_bytes=min(most / MEMORY_SHARE, _ROOM_BYTES))
+        return search_mesh(
+            program.module, layout.mesh, replace(layout.cluster, device=room),
+            limit_s=min(_PLACE_S, left), phases=program.phases, micro=micro,
+            constraints=Constraints(wanted.rules),
+        )  # fmt: skip
+
+    def _costs(self, layout: Layout, placement: PlacementResult, micro: int) -> UnitCosts:
+        program = self._program(micro)
+        placed, phases = apply_phased(
+            program.module, layout.mesh, replace(placement.choices, phases=program.phases)
+        )
+        assert phases is not None  # they were given
+        costs = unit_costs(placed, phases, program.unit_of, program.units, layout.cluster)
+        return costs.spread(self.short.of, self.units.edges)
+
+    def _plans(self, layout: Layout, placement: PlacementResult, micro: int) -> bool:
+        """Evaluate the cuts of a layout for a number of micro-batches. Does one fit?"""
+        costs = self._costs(layout, placement, micro)
+        memory = MEMORY_SHARE * layout.cluster.device.memory_bytes
+        if self.wishes.constraints.memory_bytes is not None:
+            memory = min(memory, self.wishes.constraints.memory_bytes)
+        stages = layout.stages
+        blocks = [
+            Block(s * layout.ranks, (s + 1) * layout.ranks, costs, memory) for s in range(stages)
+        ]
+        clusters = {block.start: layout.cluster for block in blocks}
+        cutter = Cutter(self.units, micro, self.wishes.recompute and _FULL_RECOMPUTE)
+        fits = False
+        for name, chunks in self._orders(stages, micro):
+            parts = self._cut(cutter, blocks, chunks)
+            if parts is None:
+                continue
+            plan = evaluate(parts, self.units.names, clusters, micro, name, chunks)
+            self.evaluated += 1
+            self.fastest = min(self.fastest, plan.step_us)
+            if plan.fits:
+                self.found.append(Found(plan, layout, placement))
+                fits = True
+            elif self.misfit is None or _over(plan) < _over(self.misfit):
+                self.misfit = plan
+        return fits
+
+    def _orders(self, stages: int, micro: int) -> list[tuple[str, int]]:
+        """(order, chunks of a stage)."""
+        wanted = self.wishes.order
+        rows = [("1f1b", 1), ("gpipe", 1)]
+        rows += [("interleaved", c) for c in _CHUNKS if micro % stages == 0]
+        if stages == 1:
+            rows = [("1f1b", 1)]
+        return [row for row in rows if wanted in ("", row[0])] or [(wanted, 1)]
+
+    def _cut(self, cutter: Cutter, blocks: Sequence[Block], chunks: int) -> tuple[Part, ...] | None:
+        """The best parts; where nothing fits, those of unlimited memory, to say what is missing."""
+        stages = len(blocks)
+        chain = list(blocks) * chunks
+        line = [
+            replace(block, start=i, stop=i + 1,
+                    memory_bytes=block.memory_bytes if chunks == 1 else inf)
+            for i, block in enumerate(chain)
+        ]  # fmt: skip
+        if cutter.units.count < len(line):
+            return None
+        best = _longest(cutter.best(line, len(line)), len(line))
+        if best is None:
+            line = [replace(block, memory_bytes=inf) for block in line]
+            best = _longest(cutter.best(line, len(line)), len(line))
+        if best is None:
+            return None
+        return tuple(
+            replace(part, block=blocks[i % stages]) for i, part in enumerate(best.parts)
+        )
+
+    # -- results --------------------------------------------------------------------------------
+
+    def _best(self) -> Found:
+        """The fastest; of equals the one with fewer stages, micro-batches and chunks."""
+        return min(self.found, key=_rank)
+
+    def _rejected(self, best: Found) -> Iterator[tuple[Found, str]]:
+        """The best plan of each other kind and why it lost."""
+        kinds: dict[object, Found] = {}
+        for found in sorted(self.found, key=_rank):
+            plan = found.pipeline
+            kinds.setdefault((str(found.layout), plan.micro, plan.order, plan.chunks), found)
+        others = [found for found in kinds.values() if found is not best]
+        for found in others[:_KEPT]:
+            yield found, why(found.pipeline, best.pipeline)
+
+    def _nothing(self, complete: bool) -> CompileError:
+        if self.misfit is None and not complete:
+            return CompileError(
+                "W0404", f"the budget of {self.budget_s:g} s ran out before a first plan",
+                reason="the program was not yet placed on any mesh", hint="give it more seconds",
+            )  # fmt: skip
+        if self.misfit is None:
+            return CompileError(
+                "W0402", f"no placement on {self.cluster} is legal",
+                reason="every candidate mesh leaves some op without a legal split",
+                hint="use fewer devices",
+            )  # fmt: skip
+        return nothing_fits(self.misfit, self.cluster)
+
+
+#: whether full recompute is among the choices of a stage: `recompute.py` writes it down
+_FULL_RECOMPUTE = True
+
+
+def _rank(found: Found) -> tuple[float, int, int, int, bool]:
+    plan = found.pipeline
+    return plan.step_us, len(plan.stages), plan.chunks, plan.micro, plan.order != "1f1b"
+
+
+def _longest(cuts: Sequence[Cut], stages: int) -> Cut | None:
+    return next((c for c in cuts if len(c.parts) == stages), None)
+
+
+def _over(plan: Pipeline) -> float:
+    """Bytes by which the fullest rank is over its memory."""
+    return max(stage.peak_bytes - stage.memory_bytes for stage in plan.stages)
+
+
+def _least_us(program: _Program, layout: Layout, of: Sequence[int]) -> float:
+    """Sum of the least times of the whole program's forward and backward ops on a layout's mesh."""
+    module = program.module
+    functions: dict[str, float] = {}
+
+    def least(op: Op) -> float:
+        if op.name != "call":
+            options = states_of(op, layout.mesh, layout.cluster)
+            return min(state.time_us for state in options)
+        name = str(op.attrs["callee"])
+        if name not in functions:
+            functions[name] = sum(map(least, module.function(name).ops))
+        return functions[name]
+
+    by_unit = [0.0] * program.units
+    for op, phase in zip(module.entry.ops, program.phases, strict=True):
+        unit = program.unit_of.get(op.results[0].name, -1)
+        if phase in LOOP and unit >= 0:
+            by_unit[unit] += least(op)
+    return sum(by_unit[unit] for unit in of)
+
+
+def why(plan: Pipeline, best: Pipeline) -> str:
+    """What a plan loses against the best one, in words."""
+    own, other = plan.losses_us(), best.losses_us()
+    lost = sorted(((own[k] - other[k], k) for k in own), reverse=True)
+    more = [f"{name} +{us / 1e3:.3g} ms" for us, name in lost if us > 0.01 * best.step_us][:2]
+    return ", ".join(more) or "no faster"
+
+
+def nothing_fits(plan: Pipeline, cluster: Cluster) -> CompileError:
+    """Says by how much the nearest plan is over, on which device, and what would help."""
+    stage = max(plan.stages, key=lambda s: s.peak_bytes - s.memory_bytes)
+    number = plan.stages.index(stage)
+    over = stage.peak_bytes - stage.memory_bytes
+    times = stage.peak_bytes / stage.memory_bytes
+    where = f"stage {number} of {len(plan.stages)}" if len(plan.stages) > 1 else "each rank"
+    return CompileError(
+        "W0402", f"no plan fits on {cluster}",
+        reason=f"the nearest one needs {stage.peak_bytes / 1e9:.3g} GB on {where} "
+        f"({stage.kind}), {over / 1e9:.3g} GB more than the {stage.memory_bytes / 1e9:.3g} GB that "
+        "it may fill",
+        hint=f"devices of {stage.peak_bytes / MEMORY_SHARE / 1e9:.3g} GB, about "
+        f"{int(cluster.ranks * times) + 1} devices, or a smaller batch",
+    )  # fmt: skip

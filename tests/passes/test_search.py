@@ -1,0 +1,164 @@
+"""The outer search: what it finds, what it says where nothing is found, what its plans compute."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tests.passes.search_models import stack
+
+from weft.costmodel.cluster import Cluster, parse_cluster
+from weft.ir.errors import CompileError
+from weft.ir.module import Module
+from weft.ir.types import Mesh
+from weft.passes import search
+from weft.passes.micro import time_split
+from weft.passes.place import search_mesh
+from weft.passes.search import Wishes, search_plan
+from weft.passes.search_costs import unit_costs
+from weft.passes.search_realize import realize, simulated
+from weft.passes.search_short import shorten
+from weft.passes.search_units import units_of
+from weft.passes.stages import cut
+from weft.runtime.interpreter import evaluate
+from weft.runtime.lockstep_stages import evaluate_stages, whole_name
+
+FAST = parse_cluster("1x4:h100")
+SLOW = replace(
+    parse_cluster("4x1:a100"),
+    inter=replace(parse_cluster("4x1:a100").inter, bytes_per_s=1e8, latency_s=1e-4),
+)
+
+
+def wide(rows: int = 64) -> Module:
+    """Blocks of 4 million weights, no data."""
+    return stack(6, 1024, rows, torch.float32, "meta")[0]
+
+
+def test_units_cost_together_what_the_program_does() -> None:
+    split = time_split(wide(), 2)
+    units = units_of(split)
+    stage = cut(split, [0] * len(split.phases))[0]
+    mesh = Mesh((("dev", 4),), "h100")
+    found = search_mesh(stage.module, mesh, FAST, phases=stage.phases, micro=2)
+    assert found is not None and found.phases is not None
+    ops = split.module.entry.ops
+    unit_of = {op.results[0].name: u for op, u in zip(ops, units.stage_of, strict=True)}
+    costs = unit_costs(found.placed, found.phases, unit_of, units.count, FAST)
+    total = 2 * costs.loop_us.sum() + costs.update_us.sum()
+    assert total == pytest.approx(found.price.total_us, rel=0.02)
+    assert costs.persistent_bytes.sum() >= found.price.persistent_bytes * 0.99
+    inner = costs.loop_us[2:-2]
+    np.testing.assert_allclose(inner, inner[0], rtol=0.05)
+
+
+def test_a_shortened_program_finds_the_plan_of_the_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = stack(8, 1024, 64, torch.float32, "meta")[0]
+    split = time_split(module, 1)
+    short = shorten(split, units_of(split))
+    assert short is not None and len(short.module.entry.ops) < len(module.entry.ops)
+    wishes = Wishes(stages=2, micro=4)
+    fast = search_plan(module, FAST, wishes=wishes)
+    monkeypatch.setattr(search, "shorten", lambda split, units: None)
+    whole = search_plan(module, FAST, wishes=wishes)
+    assert fast.best.pipeline.step_us == pytest.approx(whole.best.pipeline.step_us, rel=0.01)
+
+
+def test_slow_links_between_hosts_get_stages() -> None:
+    """A step whose gradients take longer over the links than its compute is cut there."""
+    result = search_plan(wide(512), SLOW)
+    assert len(result.best.pipeline.stages) > 1
+    losers = [found for found, _ in result.rejected if len(found.pipeline.stages) == 1]
+    assert all(f.pipeline.step_us > result.best.pipeline.step_us for f in losers)
+
+
+def test_inside_a_fast_host_one_stage_is_best() -> None:
+    result = search_plan(wide(), FAST)
+    assert len(result.best.pipeline.stages) == 1
+    assert result.lower_bound_us <= result.best.pipeline.step_us
+    assert all(why for _, why in result.rejected)
+
+
+def test_the_search_is_deterministic() -> None:
+    one, two = (search_plan(wide(), SLOW, wishes=Wishes(stages=4)) for _ in range(2))
+    assert one.best.pipeline == two.best.pipeline
+    assert [why for _, why in one.rejected] == [why for _, why in two.rejected]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("order, chunks", [("1f1b", 1), ("gpipe", 1), ("interleaved", 2)])
+def test_a_plan_computes_what_the_program_does(order: str, chunks: int, recompute: bool) -> None:
+    module, tensors = stack()
+    cluster = parse_cluster("1x4:cpu")
+    result = search_plan(module, cluster, wishes=Wishes(2, 2 * chunks, order))
+    found = result.best
+    assert found.pipeline.order == order and found.pipeline.chunks >= chunks
+    stages = tuple(replace(stage, recompute=recompute) for stage in found.pipeline.stages)
+    pipeline = replace(found.pipeline, stages=stages)
+    modules = realize(result.split, result.units, pipeline, found.layout.cluster)
+    entry = module.entry
+    names = {v.name: whole_name(a) for v, a in zip(entry.params, entry.param_attrs, strict=True)}
+    given = {names[v.name]: t for v, t in zip(entry.params, tensors, strict=True)}
+    results, updates = evaluate_stages(modules, given)
+    for number, (attrs, tensor) in enumerate(
+        zip(entry.result_attrs, evaluate(module, tensors), strict=True)
+    ):
+        got = updates[names[str(attrs["updates"])]] if "updates" in attrs else results[number]
+        torch.testing.assert_close(got, tensor, rtol=1e-8, atol=1e-9)
+
+
+def test_the_event_simulator_agrees() -> None:
+    """The whole schedules of all ranks, fused, against the stages' sums of op times."""
+    cluster = parse_cluster("4x1:a100")
+    result = search_plan(wide(512), cluster, wishes=Wishes(stages=4, order="1f1b"))
+    found = result.best
+    step = simulated(result.split, result.units, found.pipeline, found.layout.cluster, cluster)
+    assert step.step_us == pytest.approx(found.pipeline.step_us, rel=0.3)
+
+
+# -- what cannot be met -----------------------------------------------------------------------------
+
+
+def small(cluster: Cluster, memory_bytes: float) -> Cluster:
+    return replace(cluster, device=replace(cluster.device, memory_bytes=memory_bytes))
+
+
+def test_where_nothing_fits_it_says_by_how_much_and_what_would_help() -> None:
+    with pytest.raises(CompileError) as error:
+        search_plan(wide(), small(SLOW, 4e6))
+    text = str(error.value)
+    assert error.value.code == "W0402" and "GB more than" in text and "a100" in text
+    assert "devices of" in text
+
+
+def test_memory_that_is_short_is_met_by_another_plan() -> None:
+    """Less than the fastest plan takes: another one is found, and fits."""
+    line = parse_cluster("2x1:h100")
+    free = search_plan(wide(4096), line, wishes=Wishes(stages=2, micro=8, order="gpipe"))
+    need = max(stage.peak_bytes for stage in free.best.pipeline.stages)
+    tight = search_plan(wide(4096), small(line, 0.8 * need), wishes=Wishes(stages=2, micro=8))
+    assert tight.best.pipeline.fits
+    again = any(stage.recompute for stage in tight.best.pipeline.stages)
+    assert again or tight.best.pipeline.order != "gpipe"
+
+
+def test_a_budget_without_a_plan_is_an_error() -> None:
+    with pytest.raises(CompileError, match="ran out before a first plan"):
+        search_plan(wide(), FAST, budget_s=1e-9)
+
+
+@pytest.mark.parametrize("wishes", [Wishes(stages=3), Wishes(micro=1000)])
+def test_wishes_that_cannot_be_met(wishes: Wishes) -> None:
+    with pytest.raises(CompileError) as error:
+        search_plan(wide(), FAST, wishes=wishes)
+    assert error.value.code == "W0404"
+
+
+@pytest.mark.parametrize("text", ["1x1:h100", "1x7:h100"])
+def test_one_device_and_prime_numbers_of_devices(text: str) -> None:
+    result = search_plan(wide(), parse_cluster(text))
+    assert sum(stage.mesh.size for stage in result.best.pipeline.stages) == result.best.layout.ranks * len(
+        result.best.pipeline.stages
+    )
