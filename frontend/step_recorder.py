@@ -12,11 +12,14 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from ..ir.errors import CompileError
 from ..ir.module import NOWHERE, Location, Value
@@ -80,6 +83,53 @@ TABLE["weft.gradients.default"] = _lower_gradients
 TABLE["weft.updated.default"] = _lower_updated
 
 
+@dataclass(frozen=True)
+class _Pending:
+    """Parameters whose new values are not written yet, and their gradients."""
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+
+    @cached_property
+    def _memory(self) -> frozenset[int]:
+        return frozenset(map(_memory_of, (*self.params, *self.grads)))
+
+    def concerns(self, used: Any) -> bool:
+        """Does a tensor in a nested object share memory with one of these?"""
+        leaves = pytree.tree_leaves(used)
+        return any(isinstance(x, Tensor) and _memory_of(x) in self._memory for x in leaves)
+
+
+def _memory_of(tensor: Tensor) -> int:
+    with torch._C.DisableTorchFunction():
+        return int(tensor.untyped_storage()._cdata)
+
+
+#: what reads of a tensor only what a step does not change, or its gradient's place
+_HARMLESS = frozenset({
+    *(getattr(torch.Tensor, name).__get__ for name in (
+        "grad", "shape", "dtype", "device", "ndim", "requires_grad", "is_leaf", "layout")),
+    vars(torch._C.TensorBase)["grad"].__set__, torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel,
+    torch.Tensor.stride, torch.Tensor.is_floating_point, torch.is_floating_point,
+})  # fmt: skip
+
+
+class _Watch(TorchFunctionMode):
+    """Has the new parameters written before anything reads them."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Call `func`."""
+        if func not in _HARMLESS:
+            self.recorder.settle((args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+
 @dataclass
 class Recorder:
     """Stands in for autograd and the optimizer while a step is traced.
@@ -105,6 +155,7 @@ class Recorder:
     keeps_gradients: bool = False
     _probe: tuple[Tensor, Tensor, int] | None = None
     _versions: list[int] = field(default_factory=list)
+    _pending: _Pending | None = None
 
     def parameters(self) -> list[tuple[str, Tensor]]:
         """The parameters that get gradients, as the trace sees them."""
@@ -188,9 +239,19 @@ class Recorder:
             return
         found = [(name, p, p.grad) for name, p in self.parameters() if p.grad is not None]
         self.stepped, self.stepped_at = [name for name, _, _ in found], users_place()
-        self.grads = [grad.clone() for _, _, grad in found]
+        self.grads = [grad for _, _, grad in found]
+        self._pending = _Pending([param for _, param, _ in found], self.grads)
+
+    def settle(self, used: Any) -> None:
+        """Write the new parameters down, if what is used now shares memory with them or with the
+        gradients: most steps read neither afterwards, and are traced shorter without."""
+        pending = self._pending
+        if pending is None or not pending.concerns(used):
+            return
+        self._pending = None
+        self.grads = [grad.clone() for grad in pending.grads]
         with torch.no_grad():
-            for _, param, grad in found:
+            for param, grad in zip(pending.params, pending.grads, strict=True):
                 param.copy_(torch.ops.weft.updated(param, grad))
 
     def _trace_step(self, own: TracedOptimizer) -> None:
@@ -236,13 +297,14 @@ class Recorder:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Replace the functions for as long as the user's step runs."""
-        self.backwards, self.stepped, self.grads = 0, None, []
+        self.backwards, self.stepped, self.grads, self._pending = 0, None, [], None
         own: dict[str, Any] = vars(self.optimizer)
         kept: dict[str, Any] = {n: own[n] for n in ("step", "zero_grad") if n in own}
         settings = self._settings()
         with ExitStack() as stack:
             for owner, name, stand_in in self._stand_ins():
                 stack.enter_context(patch.object(owner, name, stand_in))
+            stack.enter_context(_Watch(self))
             own.update(step=self.step, zero_grad=self.zero_grad)
             try:
                 self.zero_grad()

@@ -149,6 +149,7 @@ class _StepCapture:
             (run,) = recorder
             with run.recording():
                 result = self.step(self.model, self.optimizer, *args, **named)
+                run.settle(flatten(result)[0])
             if not run.trains():
                 raise misused("the step does not call optimizer.step()",
                                "a train step calls loss.backward(), then optimizer.step()",
