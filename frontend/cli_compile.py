@@ -22,13 +22,14 @@ from .options import OPTIONS
 @click.option("--micro", default=1, show_default=True, help="Micro-batches that a batch is cut into.")
 @click.option("--order", default="1f1b", show_default=True, help="1f1b, gpipe or interleaved.")
 @click.option("--chunks", default=1, show_default=True, help="Parts of the program on each stage.")
+@click.option("--budget", default="", help="Search stages and micro-batches as well, so long: 10s.")
 @click.option("--calibration", default="", help="File of `weft calibrate` to price plans with.")
 @click.option("--device-file", default="", help="TOML file with a newer device's datasheet numbers.")
 @click.option("--no-verify-each", is_flag=True, help="Skip the verifier after each pass.")
 @diagnosed
 def compile_command(
     target: str, cluster: str, train: str, output: Path, mesh: str, stages: int, micro: int,
-    order: str, chunks: int, calibration: str, device_file: str, no_verify_each: bool,
+    order: str, chunks: int, budget: str, calibration: str, device_file: str, no_verify_each: bool,
 ) -> None:
     """Plan TARGET (module:factory) ahead of time and write an artifact; no device is needed.
 
@@ -42,7 +43,7 @@ def compile_command(
     options = OPTIONS.with_({
         "verify_each": OPTIONS.verify_each and not no_verify_each,
         "calibration": calibration or OPTIONS.calibration,
-        "stages": stages, "micro": micro, "order": order, "chunks": chunks,
+        "stages": stages, "micro": micro, "order": order, "chunks": chunks, "budget": budget,
     })  # fmt: skip
     if device_file:
         cluster = f"{cluster or '1x1:h100'}@{device_file}"

@@ -21,10 +21,12 @@ from ..passes.manager import PassManager
 from ..passes.pipeline import parse_pipeline
 from ..passes.place import Place
 from ..passes.random_place import RandomPlace
+from ..passes.search import Wishes
 from .options import Options
 from .pass_table import ALL_PASSES
 from .plan import Plan
 from .report import Dump
+from .searched import Searched, searched, seconds_of
 from .staging import is_staged, staged_dumps
 
 log = logging.getLogger("weft.trace")
@@ -108,6 +110,7 @@ def plan_program(
     options: Options,
     progress: Progress,
     known: Sequence[Module] = (),
+    found: Searched | None = None,
 ) -> Plan:
     """Plan a traced program for a cluster.
 
@@ -115,6 +118,8 @@ def plan_program(
         mesh: axis sizes such as `2x2`, or empty to search for the best mesh.
         known: placed modules of the same program at other sizes; the one that suits is taken over
             in place of a search.
+        found: the plan to write down; by default a search of stages and micro-batches as well where
+            the options have a budget for it.
 
     Raises CompileError.
     """
@@ -126,6 +131,13 @@ def plan_program(
         len(program.module.entry.params), program.kind,
     )  # fmt: skip
     staged = is_staged(options)
+    if found is None and options.budget and not (staged or mesh or known or options.pipeline):
+        progress("search")
+        seconds = seconds_of(options.budget)
+        if program.kind == "train":
+            found = searched(logical(program), parsed, Wishes(), seconds)
+    if found is not None:
+        staged, mesh = found.staged, found.mesh
     text = logical_passes(program.kind) if staged else options.pipeline
     text = text or default_pipeline(program.kind, cluster, mesh)
     passes = parse_pipeline(text, ALL_PASSES)
@@ -146,7 +158,10 @@ def plan_program(
     made_by = [stage.made_by for stage in manager.stages]
     if staged:
         progress("stages")
-        for maker, dump in staged_dumps(dumps[-1].module, program.kind, cluster, mesh, options):
+        rows = found.dumps() if found is not None else staged_dumps(
+            dumps[-1].module, program.kind, cluster, mesh, options
+        )
+        for maker, dump in rows:
             if options.verify_each:
                 verify(dump.module)
             made_by.append(maker)
@@ -158,8 +173,14 @@ def plan_program(
         tuple(made_by),
         _real(program.weights),
         _real(program.inputs),
-        dict(program.meta),
+        dict(program.meta) | ({"search": found.explain()} if found is not None else {}),
     )
+
+
+def logical(program: Program) -> Module:
+    """The program as placement sees it: simplified, outlined, differentiated."""
+    manager = PassManager(parse_pipeline(logical_passes(program.kind), ALL_PASSES))
+    return manager.run(program.module)
 
 
 def _real(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from .device_mesh import mesh_option, use_mesh
 from .driver import Program, Progress, plan_program
 from .options import Options
 from .plan import Plan
+from .searched import seconds_of
 from .structure import Structure
 from .tracings import Checked, Tracing, Tracings
 from .world import join_world, world_cluster
@@ -119,6 +121,12 @@ class Compiler:
         world = join_world()
         cluster = self.cluster or world_cluster(world)
         progress = Progress(self.options.progress and world.rank == 0)
+        if world.size > 1 and self.options.budget and seconds_of(self.options.budget) < inf:
+            raise CompileError(
+                "W1001", f"a budget of {self.options.budget} for a plan of several processes",
+                reason="each process makes the plan, and a clock could end their searches at "
+                "different plans", hint='use budget="inf", or weft.plan() and run the artifact',
+            )  # fmt: skip
         try:
             plan = plan_program(
                 program, cluster, mesh_option(self.mesh), self.options, progress, tracing.placed

@@ -182,12 +182,17 @@ class Plan:
         placed, spmd = self.module("placed"), self.module("spmd")
         if path:
             return explain_path(placed, spmd, self.cluster, path)
-        return f"{self.summary()}\n{explain_plan(placed, spmd, self.timeline)}"
+        parts = [self.summary(), *self._searched(), explain_plan(placed, spmd, self.timeline)]
+        return "\n".join(parts)
+
+    def _searched(self) -> list[str]:
+        """What the search of stages and micro-batches chose this plan over, if there was one."""
+        return [str(self.meta["search"])] if "search" in self.meta else []
 
     def _explain_stages(self, path: str) -> str:
         """Each part of the program that has something under a path, or a summary of all."""
         if not path:
-            return self.summary()
+            return "\n".join([self.summary(), *self._searched()])
         found, last = [], None
         share = stage_cluster(self.cluster, len(self.schedules))
         by_level = {level: [d for d in self.dumps if d.module.level == level] for level in LEVELS}

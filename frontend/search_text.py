@@ -32,6 +32,8 @@ def _rows(result: SearchResult) -> Rows:
         stage = plan.stages[0]
         yield "per rank", f"{human_bytes(int(stage.peak_bytes))} of {human_bytes(int(stage.memory_bytes))}"
     yield "predicted", f"{human_time(plan.step_us)} a step: {_parts(plan)}"
+    if best.simulated_us is not None:
+        yield "simulated", f"{human_time(best.simulated_us)} a step of all ranks' schedules"
     slowest = max(range(len(plan.stages)), key=lambda s: _loop(plan.stages[s]))
     if len(plan.stages) > 1:
         yield "critical", (
@@ -41,6 +43,8 @@ def _rows(result: SearchResult) -> Rows:
     for found, why in result.rejected:
         other = found.pipeline
         slower = other.step_us / plan.step_us - 1
+        if found.simulated_us is not None and best.simulated_us is not None:
+            why = f"{human_time(found.simulated_us)} in the simulator; {why}"
         yield "rejected", (
             f"{_headline(other)}, on {found.layout}: {human_time(other.step_us)}, "
             f"{slower:+.1%}; {why}"

@@ -34,6 +34,7 @@ from .place_states import states_of
 from .search_costs import UnitCosts, unit_costs
 from .search_cuts import Block, Cut, Cutter, Part
 from .search_evaluate import Pipeline, evaluate
+from .search_realize import simulated
 from .search_short import Short, shorten
 from .search_units import Units, units_of
 from .stages import cut
@@ -49,6 +50,8 @@ _CHUNKS = (2, 4)
 _CAPS = (0.5, 0.2)
 #: more memory than any program takes: its placement is the fastest, whatever it holds
 _ROOM_BYTES = 1e18
+#: plans that are as near to the fastest are replayed by the event simulator
+_NEAR = 0.15
 #: rejected plans that are kept for people
 _KEPT = 5
 #: limit of one placement, after which it is the best found; meshes of more axes than these are
@@ -90,11 +93,17 @@ class Layout:
 
 @dataclass(frozen=True)
 class Found:
-    """A plan that was evaluated, and the placement that it stands on."""
+    """A plan that was evaluated, and the placement that it stands on.
+
+    Attributes:
+        simulated_us: the step of its schedules in the event simulator; None where it was not among
+            the best few.
+    """
 
     pipeline: Pipeline
     layout: Layout
     placement: PlacementResult = field(repr=False)
+    simulated_us: float | None = None
 
 
 @dataclass(frozen=True)
@@ -133,17 +142,20 @@ def search_plan(
     wishes: Wishes = Wishes(),
     budget_s: float = inf,
     layouts: Sequence[Layout] | None = None,
+    finalists: int = 3,
 ) -> SearchResult:
     """The fastest plan of a logical train step.
 
     Args:
+        finalists: of so many plans the schedules are written and replayed by the event simulator,
+            which decides between them.
         budget_s: after so many seconds the best plan so far is returned.
         layouts: what is tried; `layouts_of(cluster)` by default.
 
     Raises CompileError: W0402 where nothing fits, with what it misses by; W0404 where wishes cannot be
         met, or the budget ran out before a first plan.
     """
-    return _Search(module, cluster, wishes, budget_s, layouts).run()
+    return _Search(module, cluster, wishes, budget_s, layouts, finalists).run()
 
 
 def layouts_of(cluster: Cluster, most_stages: int) -> Iterator[Layout]:
@@ -194,6 +206,7 @@ class _Search:
         wishes: Wishes,
         budget_s: float,
         layouts: Sequence[Layout] | None,
+        finalists: int,
     ) -> None:
         self.module, self.cluster, self.wishes = module, cluster, wishes
         self.start, self.budget_s = time.perf_counter(), budget_s
@@ -202,7 +215,7 @@ class _Search:
         self.misfit: Pipeline | None = None
         self.evaluated = 0
         self.fastest = inf  #: step of the layout at hand, whether it fits or not
-        self.given = layouts
+        self.given, self.finalists = layouts, finalists
         whole = time_split(module, 1)
         self.units = units_of(whole)
         short = shorten(whole, self.units)
@@ -228,7 +241,7 @@ class _Search:
             self._layout(layouts[index])
         if not self.found:
             raise self._nothing(complete)
-        best = self._best()
+        best = self._final()
         lower = min([best.pipeline.step_us, *open_bounds, min(bounds, default=inf)])
         split = time_split(self.module, best.pipeline.micro)
         return SearchResult(
@@ -429,13 +442,34 @@ class _Search:
         """The fastest; of equals the one with fewer stages, micro-batches and chunks."""
         return min(self.found, key=_rank)
 
-    def _rejected(self, best: Found) -> Iterator[tuple[Found, str]]:
-        """The best plan of each other kind and why it lost."""
+    def _final(self) -> Found:
+        """The best by the event simulator, of the few that are near the fastest."""
+        near = self._best().pipeline.step_us * (1 + _NEAR)
+        few = [f for f in self._kinds() if f.pipeline.step_us <= near][: self.finalists]
+        if len(few) < 2:
+            return self._best()
+        for found in few:
+            if time.perf_counter() - self.start > self.budget_s:
+                break
+            split = time_split(self.module, found.pipeline.micro)
+            units = units_of(split)
+            part = found.layout.cluster
+            step = simulated(split, units, found.pipeline, part, self.cluster)
+            place = next(i for i, other in enumerate(self.found) if other is found)
+            self.found[place] = replace(found, simulated_us=step.step_us)
+        return self._best()
+
+    def _kinds(self) -> list[Found]:
+        """The best plan of each layout, number of micro-batches and order."""
         kinds: dict[object, Found] = {}
         for found in sorted(self.found, key=_rank):
             plan = found.pipeline
             kinds.setdefault((str(found.layout), plan.micro, plan.order, plan.chunks), found)
-        others = [found for found in kinds.values() if found is not best]
+        return list(kinds.values())
+
+    def _rejected(self, best: Found) -> Iterator[tuple[Found, str]]:
+        """The best plan of each other kind and why it lost."""
+        others = [found for found in self._kinds() if found is not best]
         for found in others[:_KEPT]:
             yield found, why(found.pipeline, best.pipeline)
 
@@ -458,9 +492,10 @@ class _Search:
 _FULL_RECOMPUTE = True
 
 
-def _rank(found: Found) -> tuple[float, int, int, int, bool]:
+def _rank(found: Found) -> tuple[bool, float, int, int, int, bool]:
     plan = found.pipeline
-    return plan.step_us, len(plan.stages), plan.chunks, plan.micro, plan.order != "1f1b"
+    step = found.simulated_us if found.simulated_us is not None else plan.step_us
+    return found.simulated_us is None, step, len(plan.stages), plan.chunks, plan.micro, plan.order != "1f1b"
 
 
 def _longest(cuts: Sequence[Cut], stages: int) -> Cut | None:

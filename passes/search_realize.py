@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 from ..costmodel.cluster import Cluster
 from ..costmodel.simulate import Simulation, simulate
@@ -11,7 +12,7 @@ from ..ir.module import Module
 from ..ir.text import print_module
 from .constraints import Constraints
 from .micro import LOOP, TimeSplit, time_split
-from .orders import orders_of
+from .orders import Order, orders_of
 from .place import search_mesh
 from .recompute import recomputed
 from .search_evaluate import Pipeline
@@ -31,16 +32,32 @@ def parts_of(split: TimeSplit, units: Units, pipeline: Pipeline) -> tuple[int, .
     )
 
 
+@dataclass(frozen=True)
+class Realized:
+    """A plan's program: cut, and each part placed.
+
+    Attributes:
+        split: the program over time, with what is computed again.
+        parts: the part of each op, as for `stages.cut`.
+        pieces, placed: each part, logical and placed.
+        orders: the slots of each stage.
+    """
+
+    split: TimeSplit
+    parts: tuple[int, ...]
+    pieces: tuple[StageModule, ...]
+    placed: tuple[Module, ...]
+    orders: tuple[Order, ...]
+
+
 def realize(
     split: TimeSplit,
     units: Units,
     pipeline: Pipeline,
     cluster: Cluster,
     constraints: Constraints = Constraints(),
-) -> tuple[Module, ...]:
-    """The schedule of each stage: stages cut, each placed as what it is, micro-batches in order.
-
-    Equal stages are placed once.
+) -> Realized:
+    """Cut a program as a plan says and place each part as what it is; equal parts are placed once.
 
     Args:
         cluster: of one stage.
@@ -55,9 +72,15 @@ def realize(
         split = time_split(recomputed(split, units, again), split.count)
         units = units_of(split)
     parts = parts_of(split, units, pipeline)
-    placed = _placed(cut(split, parts), split.count, pipeline, cluster, constraints)
+    pieces = cut(split, parts)
+    placed = _placed(pieces, split.count, pipeline, cluster, constraints)
     orders = orders_of(pipeline.order, len(pipeline.stages), split.count, pipeline.chunks)
-    return schedule_stages(split, parts, placed, orders)
+    return Realized(split, parts, pieces, tuple(placed), orders)
+
+
+def schedules(found: Realized) -> tuple[Module, ...]:
+    """The schedule of each stage."""
+    return schedule_stages(found.split, found.parts, found.placed, found.orders)
 
 
 def _placed(
@@ -95,4 +118,4 @@ def simulated(
     cluster: Cluster,
 ) -> Simulation:
     """The step of all ranks of a plan, event by event."""
-    return simulate(realize(split, units, pipeline, stage_cluster), cluster)
+    return simulate(schedules(realize(split, units, pipeline, stage_cluster)), cluster)

@@ -18,7 +18,7 @@ from weft.passes.micro import time_split
 from weft.passes.place import search_mesh
 from weft.passes.search import Wishes, search_plan
 from weft.passes.search_costs import unit_costs
-from weft.passes.search_realize import realize, simulated
+from weft.passes.search_realize import realize, schedules, simulated
 from weft.passes.search_short import shorten
 from weft.passes.search_units import units_of
 from weft.passes.stages import cut
@@ -97,7 +97,7 @@ def test_a_plan_computes_what_the_program_does(order: str, chunks: int, recomput
     assert found.pipeline.order == order and found.pipeline.chunks >= chunks
     stages = tuple(replace(stage, recompute=recompute) for stage in found.pipeline.stages)
     pipeline = replace(found.pipeline, stages=stages)
-    modules = realize(result.split, result.units, pipeline, found.layout.cluster)
+    modules = schedules(realize(result.split, result.units, pipeline, found.layout.cluster))
     entry = module.entry
     names = {v.name: whole_name(a) for v, a in zip(entry.params, entry.param_attrs, strict=True)}
     given = {names[v.name]: t for v, t in zip(entry.params, tensors, strict=True)}
@@ -127,7 +127,7 @@ def small(cluster: Cluster, memory_bytes: float) -> Cluster:
 
 def test_where_nothing_fits_it_says_by_how_much_and_what_would_help() -> None:
     with pytest.raises(CompileError) as error:
-        search_plan(wide(), small(SLOW, 4e6))
+        search_plan(wide(), small(parse_cluster("2x1:a100"), 4e6), wishes=Wishes(stages=2, micro=2))
     text = str(error.value)
     assert error.value.code == "W0402" and "GB more than" in text and "a100" in text
     assert "devices of" in text
