@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from .source import KernelSource
 _FORMAT = 1
 #: threads of a warp on every CUDA device
 _WARP = 32
+#: kernels that are compiled at the same time; more only wait for each other's Python
+_MOST_THREADS = 4
 #: cuobjdump answers in well under a second
 _TOOL_TIMEOUT_S = 30
 
@@ -63,10 +66,25 @@ def available() -> bool:
 
 def compile_kernel(source: KernelSource, target: str, cache: Path | None = None) -> Binary:
     """Compile a generated kernel; see `compile_cubin`."""
-    return compile_cubin(
-        source.text, source.signature, source.constants, target,
-        aligned=source.aligned, warps=source.warps, cache=cache,
-    )  # fmt: skip
+    (found,) = compile_kernels([source], target, cache)
+    if isinstance(found, CompileError):
+        raise found
+    return found
+
+
+def compile_kernels(
+    sources: Sequence[KernelSource], target: str, cache: Path | None = None
+) -> list[Binary | CompileError]:
+    """Compile generated kernels at the same time; equal ones once. An error in a kernel's place is
+    what `compile_cubin` would raise.
+
+    LLVM and ptxas, which take most of the time, run beside the Python of other kernels.
+    """
+    jobs = [
+        _Job(s.text, dict(s.signature), dict(s.constants), target, tuple(s.aligned), s.warps)
+        for s in sources
+    ]
+    return _compile_all(jobs, cache)
 
 
 def compile_cubin(
@@ -93,20 +111,41 @@ def compile_cubin(
 
     Raises CompileError W0901.
     """
+    job = _Job(text, dict(signature), dict(constants), target, tuple(aligned), warps)
+    (found,) = _compile_all([job], cache)
+    if isinstance(found, CompileError):
+        raise found
+    return found
+
+
+def _compile_all(jobs: Sequence[_Job], cache: Path | None) -> list[Binary | CompileError]:
     if not available():
-        raise CompileError(
+        error = CompileError(
             "W0901", "kernels cannot be compiled here",
             reason="TRITON_INTERPRET=1 is set" if interp.enabled() else "Triton is not installed",
             hint="the plan runs ATen in their place",
         )  # fmt: skip
-    job = _Job(text, dict(signature), dict(constants), target, tuple(aligned), warps)
-    entry = job.key()
-    folder = cache / "kernels" / entry[:2] / entry if cache is not None else None
-    if folder is not None and (found := _read(folder)) is not None:
+        return [error for _ in jobs]
+    distinct = {job.key(): job for job in jobs}
+    with TemporaryDirectory() as name, _settings(Path(name)):
+        with ThreadPoolExecutor(min(_MOST_THREADS, max(1, len(distinct)))) as pool:
+            made = pool.map(lambda key: _cached(key, distinct[key], cache, Path(name)), distinct)
+            found = dict(zip(distinct, made, strict=True))
+    return [found[job.key()] for job in jobs]
+
+
+def _cached(entry: str, job: _Job, cache: Path | None, folder: Path) -> Binary | CompileError:
+    kept = cache / "kernels" / entry[:2] / entry if cache is not None else None
+    if kept is not None and (found := _read(kept)) is not None:
         return found
-    binary = _compile(job)
-    if folder is not None:
-        _write(folder, binary)
+    own = folder / entry
+    own.mkdir()
+    try:
+        binary = _compile(job, own)
+    except CompileError as error:
+        return error
+    if kept is not None:
+        _write(kept, binary)
     return binary
 
 
@@ -157,7 +196,7 @@ def _write(folder: Path, binary: Binary) -> None:
         os.replace(temporary, folder / name)
 
 
-def _compile(job: _Job) -> Binary:
+def _compile(job: _Job, folder: Path) -> Binary:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -174,20 +213,19 @@ def _compile(job: _Job) -> Binary:
         for i, (name, kind) in enumerate(kinds.items())
         if kind.startswith("*") or name in job.aligned
     }
-    with TemporaryDirectory() as name, _settings(Path(name)):
-        function = _load(job.text, Path(name)).kernel
-        try:
-            ast = ASTSource(function, kinds, constexprs=dict(job.constants), attrs=attrs)
-            target = GPUTarget(backend, int(capability), _WARP)
-            compiled = triton.compile(ast, target=target, options={"num_warps": job.warps})
-            cubin: bytes = compiled.asm["cubin"]
-        except (triton.TritonError, RuntimeError, ValueError, TypeError) as error:
-            raise CompileError(
-                "W0901", f"Triton cannot compile a kernel for {job.target}", reason=str(error),
-                hint="the plan runs ATen in its place",
-            ) from error  # fmt: skip
-        shared = int(compiled.metadata.shared)
-        return Binary(cubin, str(compiled.metadata.name), _resources(cubin, shared, Path(name)))
+    function = _load(job.text, folder).kernel
+    try:
+        ast = ASTSource(function, kinds, constexprs=dict(job.constants), attrs=attrs)
+        target = GPUTarget(backend, int(capability), _WARP)
+        compiled = triton.compile(ast, target=target, options={"num_warps": job.warps})
+        cubin: bytes = compiled.asm["cubin"]
+    except (triton.TritonError, RuntimeError, ValueError, TypeError) as error:
+        raise CompileError(
+            "W0901", f"Triton cannot compile a kernel for {job.target}", reason=str(error),
+            hint="the plan runs ATen in its place",
+        ) from error  # fmt: skip
+    shared = int(compiled.metadata.shared)
+    return Binary(cubin, str(compiled.metadata.name), _resources(cubin, shared, folder))
 
 
 @contextmanager
@@ -244,4 +282,6 @@ def _cuobjdump() -> str | None:
     return str(path) if path.is_file() else None
 
 
-__all__ = ["Binary", "Resources", "available", "compile_cubin", "compile_kernel"]
+__all__ = [
+    "Binary", "Resources", "available", "compile_cubin", "compile_kernel", "compile_kernels",
+]  # fmt: skip

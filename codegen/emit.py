@@ -12,7 +12,7 @@ from typing import Any
 
 from ..ir.errors import CompileError
 from ..ir.module import Function, Module
-from .compile import available, compile_kernel
+from .compile import Binary, available, compile_kernels
 from .source import KernelSource, generate
 
 #: version of the manifest's layout
@@ -50,8 +50,15 @@ def emit_kernels(
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     target = TARGETS.get(device, "")
-    entries = [_emit(function, module, folder, target, cache) for function in
-               kernel_functions(module)]  # fmt: skip
+    made = [_source(function, module) for function in kernel_functions(module)]
+    sources = {source.name: source for _, source in made if source is not None}
+    binaries: dict[str, Binary | CompileError] = {}
+    if target and available():
+        binaries = dict(zip(sources, compile_kernels([*sources.values()], target, cache), strict=True))
+    entries = [
+        entry if source is None else entry | _written(source, binaries.get(source.name), folder)
+        for entry, source in made
+    ]
     manifest = {"format": FORMAT, "device": device, "target": target, "kernels": entries}
     text = json.dumps(manifest, indent=1) + "\n"
     _write(folder / MANIFEST, text.encode())
@@ -65,20 +72,36 @@ def fallbacks(manifest: dict[str, Any]) -> Sequence[str]:
     ]
 
 
-def _emit(
-    function: Function, module: Module, folder: Path, target: str, cache: Path | None
-) -> dict[str, Any]:
+def _source(function: Function, module: Module) -> tuple[dict[str, Any], KernelSource | None]:
+    """The entry of a kernel in the manifest, and its source; None where it has none."""
     name = str(function.attrs["kernel"])
     entry: dict[str, Any] = {"name": name, "function": function.name, "fallback": "", "reason": ""}
     try:
-        source = generate(function, module.mesh)
-        _write(folder / f"{name}.py", source.text.encode())
-        entry |= _described(source)
-        if target and available():
-            entry |= _compiled(source, folder, target, cache)
+        return entry, generate(function, module.mesh)
     except CompileError as error:
-        entry |= {"fallback": "aten", "reason": f"[{error.code}] {error.message}: {error.reason}"}
-    return entry
+        return entry | _fallen(error), None
+
+
+def _fallen(error: CompileError) -> dict[str, Any]:
+    return {"fallback": "aten", "reason": f"[{error.code}] {error.message}: {error.reason}"}
+
+
+def _written(
+    source: KernelSource, binary: Binary | CompileError | None, folder: Path
+) -> dict[str, Any]:
+    """Write a source and its binary; what the manifest says of them."""
+    _write(folder / f"{source.name}.py", source.text.encode())
+    if binary is None:
+        return _described(source)
+    if isinstance(binary, CompileError):
+        return _described(source) | _fallen(binary)
+    _write(folder / f"{source.name}.cubin", binary.cubin)
+    return _described(source) | {
+        "binary": f"{source.name}.cubin",
+        "binary_sha256": hashlib.sha256(binary.cubin).hexdigest(),
+        "entry": binary.entry,
+        **asdict(binary.resources),
+    }
 
 
 def _described(source: KernelSource) -> dict[str, Any]:
@@ -92,19 +115,6 @@ def _described(source: KernelSource) -> dict[str, Any]:
         "warps": source.warps,
         "bytes_moved": source.bytes_moved,
         "bytes_unfused": source.bytes_unfused,
-    }
-
-
-def _compiled(
-    source: KernelSource, folder: Path, target: str, cache: Path | None
-) -> dict[str, Any]:
-    binary = compile_kernel(source, target, cache)
-    _write(folder / f"{source.name}.cubin", binary.cubin)
-    return {
-        "binary": f"{source.name}.cubin",
-        "binary_sha256": hashlib.sha256(binary.cubin).hexdigest(),
-        "entry": binary.entry,
-        **asdict(binary.resources),
     }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from ..ir.module import Module, Op
 from ..ir.opdef import OPS, flops_of, signature_of
 from ..ir.types import Mesh
-from ..passes.inline import inline
+from .flat import flat
 
 #: results of these hold what their first operand holds
 _SAME = frozenset({"reshard", "reshape", "permute", "expand", "slice", "cast"})
@@ -27,7 +27,7 @@ def axis_words(placed: Module, axis: str) -> str:
     bytes of parameters and optimizer states, how much it shards, and which ZeRO stage that is.
     Rajbhandari et al., ZeRO, 2020.
     """
-    module = inline(placed)
+    module = flat(placed)
     work = _work(module, axis)
     total = sum(work.values())
     parts = []

@@ -14,7 +14,7 @@ from ..ir.module import Function, Location, Module, Op
 from ..ir.opdef import OPS
 from ..ir.text import print_module
 from ..ir.types import DTYPES, Mesh, TensorType, local_bytes, local_shape
-from ..passes.inline import inline
+from .flat import flat
 
 
 def executions(module: Module) -> dict[str, int]:
@@ -52,7 +52,7 @@ class CollectiveRow:
 def collectives(module: Module) -> list[CollectiveRow]:
     """Collectives of an spmd or schedule module, heaviest first."""
     mesh = module.mesh or Mesh()
-    entry = inline(module).entry
+    entry = flat(module).entry
     carried = _Carried(entry, module)
     table: dict[tuple[str, ...], list[tuple[int, str, Location]]] = {}
     for op in entry.ops:
@@ -195,9 +195,9 @@ def matching(module: Module, path: str) -> Iterator[tuple[Function, Op]]:
 
     Kernel functions, which stand for no one place, are their calls; an op's name finds them too.
     """
-    flat = inline(module)
-    for function, op in flat.walk():
-        if op.name == "free" or (function is not flat.entry and path != op.name):
+    whole = flat(module)
+    for function, op in whole.walk():
+        if op.name == "free" or (function is not whole.entry and path != op.name):
             continue
         if path in op.loc.path or path == op.name or any(path == v.name for v in op.results):
             yield function, op

@@ -18,9 +18,9 @@ from ..costmodel.estimate import op_time_us
 from ..ir.errors import CompileError
 from ..ir.module import Attr, Module, Op, Value
 from ..ir.types import Mesh, TensorType, local_bytes
-from ..passes.inline import inline
 from ..passes.place_states import states_of
 from ..passes.reshard import Placements, legal_placements, reshard_cost_us
+from .flat import flat
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Explanation:
     """
 
     def __init__(self, placed: Module, cluster: Cluster) -> None:
-        self.module = inline(placed)
+        self.module = flat(placed)
         self.cluster = cluster
         self.mesh = self.module.mesh or Mesh()
         self._cost = collective_cost(cluster, self.mesh)

@@ -11,6 +11,7 @@ import gzip
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.resources import files
 from typing import Any
 
@@ -54,6 +55,11 @@ class Dump:
     name: str
     module: Module
     note: str = ""
+
+    @cached_property
+    def text(self) -> str:
+        """The module's text."""
+        return print_module(self.module)
 
 
 @dataclass(frozen=True)
@@ -111,20 +117,20 @@ def _place(where: str) -> str:
 
 def _packed(dumps: Sequence[Dump]) -> str:
     """Texts and histories of the dumps, gzipped, in base64."""
-    texts = [print_module(dump.module) for dump in dumps]
-    limit = max((len(text) for text in texts), default=0)
+    limit = max((len(dump.text) for dump in dumps), default=0)
+    paths: dict[str, int] = {}
+    lines = [
+        [[paths.setdefault(op.loc.path, len(paths)), op_line(op), str(op.loc)]
+         for _, op in matching(dump.module, "")]
+        for dump in dumps
+    ]  # fmt: skip
     while True:
-        paths: dict[str, int] = {}
         payload: list[dict[str, Any]] = []
-        for dump, text in zip(dumps, texts, strict=True):
-            cut = "" if len(text) <= limit else "\n// cut: the rest is in the folder ir/"
-            ops = [
-                [paths.setdefault(op.loc.path, len(paths)), op_line(op), str(op.loc)]
-                for _, op in matching(dump.module, "")
-            ][: limit // 50]
+        for dump, ops in zip(dumps, lines, strict=True):
+            cut = "" if len(dump.text) <= limit else "\n// cut: the rest is in the folder ir/"
             payload.append({
-                "name": dump.name, "level": dump.module.level, "text": text[:limit] + cut,
-                "ops": ops,
+                "name": dump.name, "level": dump.module.level, "text": dump.text[:limit] + cut,
+                "ops": ops[: limit // 50],
             })  # fmt: skip
         body = json.dumps({"paths": list(paths), "dumps": payload}).encode()
         packed = base64.b64encode(gzip.compress(body, 6, mtime=0)).decode()
