@@ -17,7 +17,7 @@ from ..ir.types import Mesh
 from ..passes.lower import lower
 from ..passes.micro import TimeSplit, time_split
 from ..passes.orders import Order, forward_only, orders_of
-from ..passes.place import MEMORY_SHARE, Place, PlacementResult, search_mesh
+from ..passes.place import Place, PlacementResult, search_mesh
 from ..passes.stage_balance import balanced
 from ..passes.stage_schedule import schedule_stages
 from ..passes.stages import StageModule, cut
@@ -71,8 +71,10 @@ def staged_dumps(
     if "backward" not in split.phases:
         orders = forward_only(orders)
     pieces = cut(split, parts)
-    placed = _placed(pieces, split.count, share, mesh)
-    return written(split, parts, pieces, placed, orders, share)
+    found = _placed(pieces, split.count, share, mesh)
+    placed = [result.placed for result in found]
+    phases = [result.phases for result in found]
+    return written(split, parts, pieces, placed, orders, share, phases)
 
 
 def written(
@@ -82,11 +84,13 @@ def written(
     placed: Sequence[Module],
     orders: Sequence[Order],
     share: Cluster,
+    phases: Sequence[Sequence[str] | None] = (),
 ) -> list[tuple[str, Dump]]:
     """The dumps of placed stages, down to their schedules.
 
     Args:
         share: the cluster of one stage.
+        phases: for each part those of the ops of its placed entry, as the search meant them.
     """
     entry = split.module.entry
     fed = tuple(
@@ -95,7 +99,7 @@ def written(
         if attrs.get("role") in ("input", "lr")
     )
     cost = collective_cost(share, placed[0].mesh or Mesh())
-    schedules = schedule_stages(split, parts, placed, orders, cost=cost)
+    schedules = schedule_stages(split, parts, placed, orders, cost=cost, phases=phases)
     out: list[tuple[str, Dump]] = []
     for number, (piece, module) in enumerate(zip(pieces, placed, strict=True)):
         about: dict[str, Attr] = {"part": number}
@@ -112,20 +116,20 @@ def written(
 
 def _placed(
     pieces: Sequence[StageModule], micro: int, share: Cluster, mesh: str
-) -> list[Module]:
+) -> list[PlacementResult]:
     """Each part on the mesh on which the slowest is fastest; equal parts are searched once."""
     candidates = Place(mesh=mesh).candidates(share) or meshes(share)
     best: list[PlacementResult] = []
     for grid in candidates:
         found = _on_mesh(pieces, micro, share, grid)
-        if found and (not best or _badness(found, share) < _badness(best, share)):
+        if found and (not best or _badness(found) < _badness(best)):
             best = found
     if not best:
         raise CompileError(
             "W0402", "a stage has no legal placement on its devices",
             reason="some op has no legal split", hint="use fewer devices a stage",
         )  # fmt: skip
-    return [result.placed for result in best]
+    return best
 
 
 def _on_mesh(
@@ -144,10 +148,9 @@ def _on_mesh(
     return out
 
 
-def _badness(results: Sequence[PlacementResult], share: Cluster) -> tuple[bool, float]:
-    room = MEMORY_SHARE * share.device.memory_bytes
-    over = any(result.cost.peak_bytes > room for result in results)
-    return over, max(result.time_us for result in results)
+def _badness(results: Sequence[PlacementResult]) -> tuple[bool, float]:
+    over = any(not result.report[0].fits for result in results)
+    return over, max(result.objective_us for result in results)
 
 
 __all__ = ["is_staged", "stage_cluster", "staged_dumps", "written"]

@@ -86,9 +86,11 @@ def _phase_levels(stages: Sequence[StageModule], phase: str) -> list[dict[str, i
     return found
 
 
-def whens(spmd: Function, stage: StageModule, levels: Levels) -> list[When]:
+def whens(
+    spmd: Function, stage: StageModule, levels: Levels, meant: Mapping[str, int]
+) -> list[When]:
     """The phase and level of each op of a lowered entry."""
-    known = {
+    known = dict(meant) | {
         value.name: PHASES.index(phase)
         for op, phase in zip(stage.module.entry.ops, stage.phases, strict=True)
         for value in op.results
@@ -145,18 +147,19 @@ def _forwards(
 
 
 def make_parts(
-    lowered: Sequence[tuple[StageModule, Module, Levels]],
+    lowered: Sequence[tuple[StageModule, Module, Levels, Mapping[str, int]]],
 ) -> tuple[list[Part], tuple[Function, ...]]:
     """The bodies of stages that share a device group, and the kernel functions that they call.
 
     Args:
-        lowered: (stage, spmd module, levels of its values), for each part and size of micro-batch.
+        lowered: (stage, spmd module, levels of its values, numbers of the phases that the search meant
+            for reshards), for each part and size of micro-batch.
     """
     functions: list[Function] = []
     pieces: list[dict[When, str]] = []
     held: list[dict[str, Placement]] = []
-    for number, (stage, spmd, levels) in enumerate(lowered):
-        when = whens(spmd.entry, stage, levels)
+    for number, (stage, spmd, levels, meant) in enumerate(lowered):
+        when = whens(spmd.entry, stage, levels, meant)
         held.append(_held(spmd.entry, stage, when))
         names: dict[When, str] = {}
         for piece in sorted(set(when)):
@@ -171,7 +174,7 @@ def make_parts(
     kernels: dict[str, Function] = {}
     parts = []
     table = {function.name: function for function in module.functions}
-    for number, (stage, spmd, _) in enumerate(lowered):
+    for number, (stage, spmd, _, _) in enumerate(lowered):
         bodies, outputs = {}, {}
         for piece, name in pieces[number].items():
             rest = (f for f in module.functions if f.name != name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from ..ir.errors import CompileError
 from ..ir.module import Attr, Function, Module, Namer, Op, Value
@@ -37,6 +38,7 @@ def schedule_stages(
     *,
     in_flight: int = 4,
     cost: StepCost | None = None,
+    phases: Sequence[Sequence[str] | None] = (),
 ) -> tuple[Module, ...]:
     """The schedules of all stages.
 
@@ -47,6 +49,8 @@ def schedule_stages(
         orders: for each stage its slots; part p belongs to stage `p % len(orders)`.
         in_flight: collectives inside of a stage that run at a time.
         cost: times of collectives, for the choice of reshard paths.
+        phases: for each part those of the ops of its placed entry, where a search has decided
+            them: what is gathered once, and what for each micro-batch again.
 
     Raises CompileError W0404.
     """
@@ -61,19 +65,33 @@ def schedule_stages(
         ]
         for rows, stages, modules in zip(sizes, cuts, _for_all_sizes(cuts, placed), strict=True)
     }
+    meant = [_meant(module, own) for module, own in zip_longest(placed, phases)]
     levels = levels_of([stage for stage, _ in lowered[sizes[0]]])
     messages = _messages([stage for stage, _ in lowered[sizes[0]]], len(orders), split.count)
     timing = clock(orders, messages)
     out = []
     for number, order in enumerate(orders):
         mine = [part for part in range(len(placed)) if stage_of(part, len(orders)) == number]
-        table = [(*lowered[rows][part], levels[part]) for rows in sizes for part in mine]
+        table = [
+            (*lowered[rows][part], levels[part], meant[part]) for rows in sizes for part in mine
+        ]
         parts, kernels = make_parts(table)
         keys = [(rows, part) for rows in sizes for part in mine]
         writer = _Writer(split, number, len(orders), dict(zip(keys, parts, strict=True)), kernels)
         module = writer.write(order, timing, levels)
         out.append(Schedule(in_flight).run(module))
     return tuple(out)
+
+
+def _meant(placed: Module, phases: Sequence[str] | None) -> dict[str, int]:
+    """The phases of reshards that a search has decided, by what they make."""
+    if phases is None:
+        return {}
+    return {
+        op.results[0].name: PHASES.index(phase)
+        for op, phase in zip(placed.entry.ops, phases, strict=True)
+        if op.name == "reshard"
+    }
 
 
 def _for_all_sizes(
