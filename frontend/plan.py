@@ -213,7 +213,7 @@ class Plan:
             names = []
             for number, dump in enumerate(self.dumps):
                 names.append(f"ir/{number:02d}-{dump.name}.weft")
-                writer.text(names[-1], print_module(dump.module))
+                writer.text(names[-1], dump.text)
             for name, tensors in (("weights", self.weights), ("inputs", self.inputs)):
                 if tensors:
                     writer.tensors(name, tensors)
