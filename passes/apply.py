@@ -64,8 +64,9 @@ class Choices:
         callees: (caller, op index) -> the copy that is called there.
         again: readers in the entry that reshard for themselves what others need as well: a
             parameter that is gathered again in the backward pass.
-        phases: of each op of the entry, where forward and backward ops run several times in a step.
-            What runs in different phases then shares no copies, unless they are kept for the step.
+        phases: of each op of the entry (`before`, `forward`, `backward`, `update`), where known.
+        repeated: whether forward and backward ops run several times in a step. What runs once then
+            shares no copies with them, unless they are kept for the step.
     """
 
     functions: Mapping[str, FunctionChoices] = field(default_factory=dict)
@@ -73,6 +74,7 @@ class Choices:
     callees: Mapping[tuple[str, int], str] = field(default_factory=dict)
     again: frozenset[Again] = frozenset()
     phases: tuple[str, ...] | None = None
+    repeated: bool = False
 
 
 def apply(module: Module, mesh: Mesh, choices: Choices) -> Module:
@@ -152,7 +154,7 @@ class _Applier:
         self.function, self.mesh, self.interfaces = function, mesh, interfaces
         self.callees = choices.callees
         self.again = choices.again if entry else frozenset()
-        self.phases = choices.phases if entry else None
+        self.phases, self.repeated = choices.phases if entry else None, choices.repeated
         self.placed_phases: list[str] = []
         self.made = {v.name: i for i, op in enumerate(function.ops) for v in op.results}
         self.chosen = choices.functions.get(function.name, FunctionChoices())
@@ -272,6 +274,8 @@ class _Applier:
             role = self.function.result_attrs[~reader].get("role")
             late = role in ACCUMULATED or made is None
             phase = "update" if late else self.phases[made or 0]
+        if not self.repeated:
+            return "", phase
         if phase not in LOOP:
             return "late", phase
         if made is None:

@@ -40,8 +40,9 @@ from .place_network import Array, Network
 from .place_runs import executions
 from .place_states import states_of
 
-#: preference for sharded storage where time is equal: 1 us for 100 MB
-TIE_US_PER_BYTE = 1e-8
+#: preference for sharded storage where time is equal: 1 us for 1 TB, which no optimum moves by more
+#: than rounding
+TIE_US_PER_BYTE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,14 @@ class PlacementModel:
             total += weight * float(row.bytes[states[row.variable]])
         return total
 
+    def most_memory_term_us(self, us_per_byte: float) -> float:
+        """The most that `weighted` adds to the cost of any assignment."""
+        total = 0.0
+        for row in self.entry.memory:
+            weight = us_per_byte + (TIE_US_PER_BYTE if row.persistent else 0.0)
+            total += weight * float(row.bytes.max()) if weight else 0.0
+        return total
+
     def plan(self, states: Mapping[int, int]) -> Decoded:
         """What `apply` needs, and what the network leaves out of its cost."""
         return _Decoder(self).run(states)
@@ -168,7 +177,7 @@ class _Decoder:
         self._calls(model.entry, entry, states, ())
         choices = Choices(
             self.functions, self.clones, self.callees, _again(model.entry, states),
-            model.runs.phases if model.runs.micro > 1 else None,
+            model.runs.phases, model.runs.micro > 1,
         )  # fmt: skip
         return Decoded(self.chosen, choices, self.slack_us)
 

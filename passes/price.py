@@ -31,6 +31,8 @@ class Price:
             `before` and `update`, once; empty where the phases are not known.
         persistent_bytes: parameters, buffers and optimizer states.
         peak_bytes: these, and the most that the values of a step hold at a time.
+        saved_bytes: values that a forward pass makes for its backward pass, of one micro-batch; 0
+            where the phases are not known.
     """
 
     compute_us: float
@@ -38,6 +40,12 @@ class Price:
     persistent_bytes: int
     peak_bytes: int
     phase_us: Mapping[str, float] = field(default_factory=dict)
+    saved_bytes: int = 0
+
+    @property
+    def transient_bytes(self) -> int:
+        """What is held at the peak beside persistent and saved values, of one micro-batch."""
+        return max(0, self.peak_bytes - self.persistent_bytes - self.saved_bytes)
 
     @property
     def total_us(self) -> float:
@@ -75,7 +83,25 @@ def price(
         if attrs.get("role") in PERSISTENT
     )
     peak = persistent + _peak(module, mesh)
-    return Price(compute_us, reshard_us, persistent, peak, phase_us)
+    saved = _saved(module, mesh, phases) if phases is not None else 0
+    return Price(compute_us, reshard_us, persistent, peak, phase_us, saved)
+
+
+def _saved(module: Module, mesh: Mesh, phases: Sequence[str]) -> int:
+    """Bytes of values that a forward op makes and a backward op reads; views are their operands."""
+    owner: dict[str, str] = {}
+    size: dict[str, int] = {}
+    late: set[str] = set()
+    for op, phase in zip(module.entry.ops, phases, strict=True):
+        if phase == "backward":
+            late.update(owner.get(value.name, "") for value in op.operands)
+        if phase != "forward":
+            continue
+        for value in op.results:
+            source = op.operands[0].name if _is_view(op) else value.name
+            owner[value.name] = owner.get(source, "") if _is_view(op) else value.name
+            size[value.name] = local_bytes(value.type, mesh)
+    return sum(size[name] for name in late if name)
 
 
 class _Pricer:

@@ -105,8 +105,9 @@ def test_an_unknown_axis_is_refused_where_no_mesh_has_it() -> None:
 def test_a_memory_cap_is_kept_or_refused_with_the_least() -> None:
     free = placed("")
     cap = 0.95 * free.price.peak_bytes
-    result = placed(f"memory {cap}")
-    assert result.price.peak_bytes <= cap
+    result = search_mesh(STEP, MESH, CLUSTER, constraints=Constraints(memory_bytes=cap))
+    assert result is not None and result.price.peak_bytes <= cap
+    assert result.lower_bound_us <= free.objective_us * (1 + 1e-9)
     with pytest.raises(CompileError, match="memory cap") as error:
         placed("memory 1 MB; state * : * = B")
     assert "the least found is" in str(error.value)

@@ -1,0 +1,66 @@
+"""Time against memory: recompute, prices of bytes, the frontier."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from tests.passes.place_programs import llama_step
+
+from weft.costmodel.cluster import parse_cluster
+from weft.ir.module import Module
+from weft.ir.types import Mesh
+from weft.ir.verify import verify
+from weft.passes.place import MEMORY_SHARE, search_frontier, search_mesh
+from weft.passes.price import price
+
+MESH = Mesh((("dev", 2),), "h100")
+RICH = parse_cluster("1x2:h100")
+
+
+def step() -> Module:
+    return llama_step(layers=3, batch=32, seq=128, width=128, heads=4, kv=4, ffn=256, vocab=64)
+
+
+def phases_of(module: Module) -> tuple[str, ...]:
+    out, backward = [], False
+    for op in module.entry.ops:
+        backward = backward or op.name == "reduce_sum"
+        late = op.name == "adamw_update" or (len(op.results) == 1 and op.result.type.dtype == "f64")
+        out.append("update" if late else "backward" if backward else "forward")
+    return tuple(out)
+
+
+def test_blocks_are_computed_again_where_the_plan_does_not_fit() -> None:
+    module = step()
+    phases = phases_of(module)
+    free = search_mesh(module, MESH, RICH, phases=phases)
+    assert free is not None and not free.modes and free.price.saved_bytes > 0
+    room = 0.6 * free.price.peak_bytes
+    cluster = replace(RICH, device=replace(RICH.device, memory_bytes=room / MEMORY_SHARE))
+    result = search_mesh(module, MESH, cluster, phases=phases, recompute=True)
+    assert result is not None and result.report[0].fits and result.modes
+    assert set(result.modes.values()) <= {"selective", "full"}
+    assert result.price.peak_bytes <= room
+    assert result.price.saved_bytes < free.price.saved_bytes
+    assert result.lower_bound_us <= free.objective_us * (1 + 1e-9) <= result.objective_us * (1 + 2e-9)
+    assert result.logical is not None and result.phases is not None
+    verify(result.placed)
+    again = price(result.placed, cluster, result.phases)
+    assert again.total_us == pytest.approx(result.objective_us, rel=1e-6)
+
+
+def test_the_frontier_has_no_point_that_another_beats() -> None:
+    module = step()
+    found = search_frontier(module, MESH, RICH, phases=phases_of(module))
+    assert len(found) >= 2
+    for first, second in zip(found, found[1:], strict=False):
+        assert first.objective_us <= second.objective_us
+        assert first.price.peak_bytes > second.price.peak_bytes
+    fastest = search_mesh(module, MESH, RICH)
+    assert fastest is not None
+    assert found[0].objective_us == pytest.approx(fastest.objective_us)
+    assert all(point.lower_bound_us <= found[0].objective_us * (1 + 1e-9) for point in found)
+    for point in found:
+        bytes_ = point.price
+        assert bytes_.persistent_bytes + bytes_.saved_bytes <= bytes_.peak_bytes
