@@ -159,7 +159,11 @@ def search_plan(
 
 
 def layouts_of(cluster: Cluster, most_stages: int) -> Iterator[Layout]:
-    """Equal stages: whole hosts each, or equal parts of hosts; the meshes of `cluster.meshes`."""
+    """Equal stages: whole hosts each, or equal parts of hosts.
+
+    Meshes of a stage: those of `cluster.meshes`, and all others of two axes, the inner one first
+    inside of a host: which axis does what is up to the placement.
+    """
     group = cluster.homogeneous()
     for stages in range(1, min(most_stages, group.ranks) + 1):
         if group.ranks % stages:
@@ -172,7 +176,13 @@ def layouts_of(cluster: Cluster, most_stages: int) -> Iterator[Layout]:
         else:
             continue
         part = part_of(cluster, own)
-        for mesh in meshes(part):
+        known = meshes(part)
+        known += [
+            Mesh((("outer", ranks // inner), ("inner", inner)), group.kind)
+            for inner in range(2, ranks)
+            if ranks % inner == 0 and (ranks // inner, inner) not in [m.sizes for m in known]
+        ]
+        for mesh in known:
             yield Layout(stages, mesh, part, ranks)
 
 
