@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from tests.passes.equality import assert_close
-from tests.passes.place_programs import Entry, ein, f32, llama_step, mlp_step
+from tests.passes.place_oracle import Exhaustive, TooLarge, random_program
+from tests.passes.place_programs import Entry, f32, llama_step, mlp_step
 
 from weft.costmodel.cluster import Cluster, meshes, parse_cluster
 from weft.costmodel.collectives import collective_cost
 from weft.ir.builder import Builder
 from weft.ir.errors import CompileError
-from weft.ir.module import Function, Module, Op, Value
+from weft.ir.module import Module, Value
 from weft.ir.types import B, Mesh, S, TensorType
 from weft.ir.verify import verify
 from weft.passes.apply import Choices, FunctionChoices, apply
@@ -30,46 +31,6 @@ from weft.passes.reshard import Placements, legal_placements, reshard_cost_us
 from weft.runtime.interpreter import evaluate
 
 CPU = parse_cluster("2x2:cpu")
-
-
-def random_program(rng: random.Random, ops: int) -> Module:
-    """A small flat program: weights that are updated, an input, a loss."""
-    e = Entry()
-    b = e.b
-    m, n = rng.choice([4, 6, 64, 1024]), rng.choice([4, 512, 2048])
-    pool = [b.param(f32(m, n), "x", role="input", name="x"), e.weight("w", m, n)]
-    readers: dict[str, int] = {}
-    for _ in range(ops):
-        x, y = rng.choice(pool), rng.choice(pool)
-        kind = rng.choice(["exp", "neg", "add", "mul", "matmul", "softmax"])
-        if kind == "matmul":
-            z = ein(b, "a k, b k -> a b", x, y)
-            z = ein(b, "a b, b k -> a k", z, x) if rng.random() < 0.5 else b.one("add", [x, y])
-        elif kind in ("add", "mul"):
-            z = b.one(kind, [x, y])
-        else:
-            z = b.one(kind, [x])
-        pool.append(z)
-    loss = b.one("reduce_sum", [pool[-1]], {"dims": (0, 1)})
-    if rng.random() < 0.5:
-        new = b.one("sgd_update", [pool[1], pool[-1], e.step, e.lr])
-        e.results.append((new, {"role": "update", "updates": pool[1].name}))
-    values, attrs = zip((loss, {"role": "loss"}), *e.results, strict=True)
-    function = b.function("main", values, attrs)
-    for op in function.ops:
-        for name in {value.name for value in op.operands}:
-            readers[name] = readers.get(name, 0) + 1
-    return Module("logical", (_drop_dead(function),))
-
-
-def _drop_dead(function: Function) -> Function:
-    needed = {value.name for value in function.results}
-    kept: list[Op] = []
-    for op in reversed(function.ops):
-        if any(value.name in needed for value in op.results):
-            kept.append(op)
-            needed |= {value.name for value in op.operands}
-    return function.with_(ops=tuple(reversed(kept)))
 
 
 class Enumeration:
@@ -201,10 +162,33 @@ def cases(axes: int, count: int, most: int) -> Iterator[tuple[Module, Mesh, Clus
             yield module, mesh, cluster, full
 
 
-@pytest.mark.parametrize(("axes", "count", "most"), [(1, 120, 800), (2, 40, 1500), (3, 8, 3000)])
+@pytest.mark.parametrize(("sizes", "count"), [((2,), 12), ((2, 2), 10), ((2, 2, 2), 3)])
+def test_the_search_equals_an_exhaustive_one_on_programs_of_up_to_seven_ops(
+    sizes: tuple[int, ...], count: int
+) -> None:
+    """`benchmarks/placement_exact.py` does this for 500 programs."""
+    rng = random.Random(sum(sizes))
+    mesh = Mesh(tuple((f"axis{i}", size) for i, size in enumerate(sizes)))
+    while count:
+        cluster = parse_cluster(rng.choice(["2x4:cpu", "2x4:h100", "1x8:a100"]))
+        module = random_program(rng, rng.randint(4, 7))
+        result = search_mesh(module, mesh, cluster)
+        assert result is not None and result.report[0].gap == 0
+        try:
+            least = Exhaustive(module, mesh, cluster, 20_000).least_us(
+                result.objective_us * (1 + 1e-9) + 1e-6
+            )
+        except TooLarge:
+            continue
+        count -= 1
+        assert result.objective_us == pytest.approx(least, rel=1e-6)
+        assert result.lower_bound_us <= least * (1 + 1e-9) + 1e-6
+
+
+@pytest.mark.parametrize(("axes", "count", "most"), [(1, 60, 800), (2, 20, 1500)])
 def test_the_search_equals_enumeration_on_random_programs(axes: int, count: int, most: int) -> None:
     for module, mesh, cluster, full in cases(axes, count, most):
-        result = search_mesh(module, mesh, cluster, joint_axes=3)
+        result = search_mesh(module, mesh, cluster)
         assert result is not None and result.report[0].gap == 0
         assert result.objective_us == pytest.approx(full.least_us(), rel=1e-6)
         check_price(module, result, cluster)
