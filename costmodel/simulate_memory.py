@@ -65,7 +65,7 @@ class _Holder:
         if op.name == "free":
             self._free(op)
             return
-        shares = op.name in VIEWS or op.name == "wait" or index in self.reused
+        shares = op.name in VIEWS or op.name in ("wait", "send") or index in self.reused
         for number, value in enumerate(op.results):
             root = self.storage.get(op.operands[0].name) if shares else None
             if op.attrs.get("inplace"):

@@ -247,7 +247,7 @@ def peak_bytes(
     """The largest number of bytes that a rank's live values take, as the frees say.
 
     Views take none; what they look at lives as long as they do. An in-place update takes none, nor
-    does an all_reduce that is the last to read its operand.
+    does an all_reduce that is the last to read its operand, nor a send.
     `skip` names values that are counted elsewhere.
     """
     roots = alias_roots(function)
@@ -269,7 +269,11 @@ def peak_bytes(
     for param in function.params:
         hold(param)
     last = last_readers(function)
+    sent: set[str] = set()  # a send gives its operand again, which lives until it is waited for
     for index, op in enumerate(function.ops):
+        if op.name == "send" or (op.name == "wait" and op.operands[0].name in sent):
+            sent.update(value.name for value in op.results)
+            continue
         if op.name == "free":
             for value in op.operands:
                 for root in roots[value.name]:
