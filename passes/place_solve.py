@@ -33,8 +33,10 @@ _FEW = ((100, 1), (60, 1), (60, 1), (60, 1), (60, 1))
 _MANY = ((20, 3), *((10, 1),) * 24)
 #: a candidate so close to the bound is not improved on before states have been excluded
 _NEAR = 1e-5
+#: states are excluded again where so small a part of them is left
+_FEWER = 0.95
 #: the round after one that gained nothing
-_WIDE = (40, 10)
+_WIDE = (40, 4)
 #: a round of many gained nothing if it raised the bound by a smaller part
 _STALLED = 1e-3
 
@@ -154,11 +156,12 @@ class _Search:
     def _squeeze(self, network: Network) -> None:
         """Bounds, candidates and exclusions until they change nothing."""
         many = len(network.unary) > SINGLE
-        bound, idle = -inf, 0
+        idle = 0
         for number, (sweeps, radius) in enumerate(_MANY if many else _FEW):
             if not network.unary:
                 return
             wide = _WIDE if many and idle else (sweeps, radius)
+            before = lower_bound(network)
             now, found = tighten(network, *wide)
             self.offer(network, found)
             near = self.upper - lower_bound(network) <= _NEAR * abs(self.upper)
@@ -166,18 +169,23 @@ class _Search:
                 self._restricted(network)
             if self.closed(network):
                 return
-            excluded = exclude(network, self.upper, self.tolerance)
+            excluded = self._exclude(network)
             if not network.feasible():
                 return
-            idle = idle + 1 if now - bound <= _STALLED * abs(now) else 0
+            idle = idle + 1 if now - before <= _STALLED * abs(now) else 0
             if (idle > 3 if many else not excluded) and number >= 2:
                 break
-            bound = max(bound, now)
-            # dead-end elimination is the dearest step, so it waits for the last round
+        reduce(network)  # dead-end elimination is the dearest step, so it waits for the last round
+
+    def _exclude(self, network: Network) -> bool:
+        """Drop states by their reduced costs as long as many go; was there any?"""
+        first = left = sum(map(len, network.states.values()))
+        while exclude(network, self.upper, self.tolerance) and network.feasible():
             reduce(network, 0)
-            if not network.feasible():
-                return
-        reduce(network)
+            before, left = left, sum(map(len, network.states.values()))
+            if left > _FEWER * before:
+                break
+        return left < first
 
     def _restricted(self, network: Network) -> None:
         """A better candidate: the optimum over the few most promising states of each variable."""
