@@ -60,10 +60,11 @@ def test_a_shortened_program_finds_the_plan_of_the_whole_one(monkeypatch: pytest
     short = shorten(split, units_of(split))
     assert short is not None and len(short.module.entry.ops) < len(module.entry.ops)
     wishes = Wishes(stages=2, micro=4)
-    fast = search_plan(module, FAST, wishes=wishes)
+    fast = search_plan(module, FAST, wishes=wishes, finalists=0)
     monkeypatch.setattr(search, "shorten", lambda split, units: None)
-    whole = search_plan(module, FAST, wishes=wishes)
-    assert fast.best.pipeline.step_us == pytest.approx(whole.best.pipeline.step_us, rel=0.01)
+    whole = search_plan(module, FAST, wishes=wishes, finalists=0)
+    # placements of equal cost may differ at the ends of the chain
+    assert fast.best.pipeline.step_us == pytest.approx(whole.best.pipeline.step_us, rel=0.03)
 
 
 def test_slow_links_between_hosts_get_stages() -> None:
