@@ -1,0 +1,120 @@
+"""Plans of stages: what is written, simulated, explained, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.passes.pipeline_models import contrastive, normalized, tied
+from torch import nn
+
+import weft
+from weft.costmodel.cluster import parse_cluster
+from weft.frontend.staging import stage_cluster
+from weft.frontend.verify import verify_dumps
+from weft.ir.errors import CompileError, WeftError
+from weft.ir.text import print_module
+from weft.runtime.artifact import Artifact
+from weft.runtime.schedule_check import check
+
+
+def planned(case: Any = tied, **options: Any) -> weft.Plan:
+    torch.manual_seed(0)
+    model, optimizer, step, batch = case()
+    return weft.plan(step, (model, optimizer, *batch), **options)
+
+
+@pytest.fixture(scope="module")
+def plan() -> weft.Plan:
+    return planned(cluster="2x2:cpu", stages=2, micro=2)
+
+
+def test_an_artifact_holds_a_schedule_for_each_stage(plan: weft.Plan, tmp_path: Path) -> None:
+    plan.save(tmp_path / "out")
+    artifact = Artifact.open(tmp_path / "out")
+    assert artifact.info["ranks"] == 4 and "2 stages of" in artifact.info["mesh"]
+    schedules = artifact.schedules()
+    assert [print_module(m) for m in schedules] == [print_module(m) for m in plan.schedules]
+    assert [module.attrs["stage"] for module in schedules] == [0, 1]
+    size = plan.mesh.size
+    check({rank: schedules[rank // size].entry for rank in range(2 * size)}, plan.mesh)
+
+
+def test_all_stages_together_equal_the_program(plan: weft.Plan) -> None:
+    given = {**plan.weights, **plan.inputs}
+    checks = list(verify_dumps([(d.name, d.module) for d in plan.dumps], given))
+    assert all(check.holds for check in checks)
+    assert checks[-1].name == "stage1-schedule" and checks[-1].against
+
+
+def test_the_step_of_all_ranks_is_simulated(plan: weft.Plan) -> None:
+    assert plan.simulation.step_us > 0
+    summary = plan.summary()
+    assert "2 stages of" in summary and "stage 1" in summary
+    assert "part1" in plan.explain("blocks.2")
+    assert "head" not in plan.explain("blocks.0.up")
+
+
+def test_micro_batches_hold_fewer_activations() -> None:
+    """The peak of one rank: parameters and states stay, activations shrink."""
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(6)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layers(x).square().mean()  # type: ignore[no-any-return]
+
+    x = torch.randn(4096, 8)
+    whole = weft.plan(Wide(), (x,), optimizer="sgd", lr=0.1)
+    parts = weft.plan(Wide(), (x,), optimizer="sgd", lr=0.1, micro=8)
+    assert parts.timeline.peak_bytes < 0.4 * whole.timeline.peak_bytes
+
+
+def test_a_forward_pass_has_no_backward_slots() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(6)))
+    plan = weft.plan(model, (torch.randn(6, 8),), cluster="1x2:cpu", stages=2, micro=3)
+    names = [op.name for op in plan.schedules[0].entry.ops]
+    assert names.count("send") == 3 and "recv" not in names
+    checks = list(verify_dumps([(d.name, d.module) for d in plan.dumps], {**plan.weights, **plan.inputs}))
+    assert all(check.holds for check in checks)
+
+
+@pytest.mark.parametrize(
+    ("case", "options", "code", "words"),
+    [
+        (tied, {"cluster": "16x1:cpu", "stages": 16}, "W0404", "cut into 16 stages"),
+        (tied, {"cluster": "2x1:cpu", "stages": 2, "micro": 6}, "W0404", "batch of 5"),
+        (tied, {"cluster": "3x1:cpu", "stages": 2}, "W0404", "cannot share the 3 devices"),
+        (tied, {"stages": 2}, "W0404", "cannot share the 1 devices"),
+        (tied, {"micro": 0}, "W1001", "option micro"),
+        (tied, {"micro": 2.0}, "W1001", "option micro"),
+        (tied, {"micro": 2, "order": "best"}, "W1001", "no pipeline schedule 'best'"),
+        (tied, {"cluster": "2x1:cpu", "stages": 2, "chunks": 2}, "W0404", "1F1B has no virtual"),
+        (contrastive, {"micro": 2}, "W0404", "cannot be computed in 2 micro-batches"),
+        (normalized, {"micro": 2}, "W0404", "cannot be computed in 2 micro-batches"),
+    ],
+)
+def test_what_cannot_be_cut_so_is_told(case: Any, options: dict[str, Any], code: str, words: str) -> None:
+    with pytest.raises(CompileError) as caught:
+        planned(case, **options)
+    error = caught.value
+    assert error.code == code and words in error.message and error.reason and error.hint
+
+
+def test_a_module_with_its_loss_outside_is_refused() -> None:
+    compiled = weft.compile(nn.Linear(4, 4), micro=2)
+    with pytest.raises(WeftError, match="loss is computed outside") as caught:
+        compiled(torch.randn(4, 4))
+    assert caught.value.code == "W0404"
+
+
+def test_a_stage_has_whole_hosts_or_an_equal_part_of_one() -> None:
+    shares = {
+        ("4x8:h100", 2): "2x8:h100", ("4x8:h100", 8): "1x4:h100", ("1x8:h100", 4): "1x2:h100",
+    }  # fmt: skip
+    for (text, stages), share in shares.items():
+        assert str(stage_cluster(parse_cluster(text), stages)) == share
