@@ -29,7 +29,6 @@ from .describe import (
     fallbacks,
     human_bytes,
     human_time,
-    matching,
     memory_by_owner,
     op_line,
     parameters,
@@ -38,6 +37,7 @@ from .describe import (
     titled,
 )
 from .explain import Explanation
+from .flat import beginning
 from .report_svg import memory_svg, timeline_svg
 
 #: a page opens fast with this many rows of a table, ranks of a mesh and explained ops
@@ -46,6 +46,11 @@ _MAX_RANKS, _MAX_ROWS, _MAX_EXPLAINED = 64, 400, 40
 _MAX_COLUMNS = 8
 #: packed texts of a page; longer ones are cut, the folder `ir/` has them whole
 _MAX_PACKED_BYTES = 2_000_000
+#: characters of a text for which a page holds one line of an op's history
+_CHARACTERS = 50
+#: a character of a text brings about this many of the page, whose packing takes about a tenth of
+#: them (dumps of Llamas of 8 and 80 layers): a first guess of what fits, halved until it does
+_RAW, _PACKING = 5, 12
 
 
 @dataclass(frozen=True)
@@ -117,11 +122,14 @@ def _place(where: str) -> str:
 
 def _packed(dumps: Sequence[Dump]) -> str:
     """Texts and histories of the dumps, gzipped, in base64."""
-    limit = max((len(dump.text) for dump in dumps), default=0)
+    limit = min(
+        max((len(dump.text) for dump in dumps), default=0),
+        _MAX_PACKED_BYTES * _PACKING // (_RAW * max(1, len(dumps))),
+    )
     paths: dict[str, int] = {}
     lines = [
         [[paths.setdefault(op.loc.path, len(paths)), op_line(op), str(op.loc)]
-         for _, op in matching(dump.module, "")]
+         for op in beginning(dump.module, limit // _CHARACTERS).entry.ops if op.name != "free"]
         for dump in dumps
     ]  # fmt: skip
     while True:
@@ -130,7 +138,7 @@ def _packed(dumps: Sequence[Dump]) -> str:
             cut = "" if len(dump.text) <= limit else "\n// cut: the rest is in the folder ir/"
             payload.append({
                 "name": dump.name, "level": dump.module.level, "text": dump.text[:limit] + cut,
-                "ops": ops[: limit // 50],
+                "ops": ops[: limit // _CHARACTERS],
             })  # fmt: skip
         body = json.dumps({"paths": list(paths), "dumps": payload}).encode()
         packed = base64.b64encode(gzip.compress(body, 6, mtime=0)).decode()
