@@ -45,6 +45,7 @@ def search(
     *,
     limit_s: float = 60.0,
     constraints: Constraints = Constraints(),
+    enough: float = 0.0,
 ) -> PlacementResult:
     """The fastest placement of a logical module that fits, over candidate meshes.
 
@@ -52,6 +53,7 @@ def search(
         candidates: meshes to try; `meshes(cluster)` by default.
         limit_s: time after which a mesh's search returns its best placement with its gap.
         constraints: what the placement must obey.
+        enough: relative gap at which the search of a large program stops.
 
     Raises:
         CompileError: W0402 where no mesh gives a legal placement, or parameters and optimizer
@@ -62,7 +64,9 @@ def search(
     check_axes(constraints, tried)
     for mesh in tried:
         try:
-            result = search_mesh(module, mesh, cluster, limit_s=limit_s, constraints=constraints)
+            result = search_mesh(
+                module, mesh, cluster, limit_s=limit_s, constraints=constraints, enough=enough
+            )
         except CompileError as error:
             if error.code != "W0402":
                 raise
@@ -113,7 +117,7 @@ def search_mesh(
         micro: number of micro-batches; the module is the program of one.
         constraints: what the placement must obey. One that is about an axis that the mesh does not
             have says nothing.
-        enough: relative gap at which the search stops; 0 for a proven optimum.
+        enough: relative gap at which the search of a large program stops; 0 for a proven optimum.
         recompute: whether blocks may be computed again where the plan does not fit.
 
     Raises:
@@ -188,6 +192,9 @@ class Place(Pass):
             meshes by default.
         limit_s: time limit of the search on one mesh.
         constraints: what the placement must obey, as `constraints.Constraints` reads it.
+        gap: relative gap to the lower bound at which the search of a large program stops (about
+            five transformer blocks or more; smaller ones are solved to the end). 0 proves the
+            optimum: most of the time goes into the proof, the plan is mostly the same.
     """
 
     name: ClassVar[str] = "place"
@@ -198,6 +205,7 @@ class Place(Pass):
     mesh: str = ""
     limit_s: float = 60.0
     constraints: str = ""
+    gap: float = 0.01
 
     def run(self, module: Module) -> Module:
         """The placed module. Raises CompileError W0402, W0501."""
@@ -210,7 +218,7 @@ class Place(Pass):
         cluster = parse_cluster(text)
         result = search(
             module, cluster, self.candidates(cluster), limit_s=self.limit_s,
-            constraints=Constraints.parse(self.constraints),
+            constraints=Constraints.parse(self.constraints), enough=self.gap,
         )  # fmt: skip
         for number, report in enumerate(result.report):
             log.info("%s: %s", "chosen" if number == 0 else "also tried", report)

@@ -77,11 +77,12 @@ def solve(network: Network, limit_s: float = 30.0, enough: float = 0.0) -> Solut
 
     Args:
         limit_s: seconds after which the best so far is returned.
-        enough: relative gap to the lower bound at which the search may stop.
+        enough: relative gap to the lower bound at which the search may stop, in networks of more
+            than `SINGLE` variables; smaller ones are always solved to the end.
     """
     start = time.perf_counter()
     width = order_of(network).width
-    search = _Search(start + limit_s, enough)
+    search = _Search(start + limit_s, enough if len(network.unary) > SINGLE else 0.0)
     search.visit(network.rounded())
     if search.best is None:
         return None

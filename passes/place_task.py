@@ -68,7 +68,7 @@ class MeshReport:
 
     def __str__(self) -> str:
         axes = " ".join(f"{name}={size}" for name, size in self.mesh.axes) or "one rank"
-        proof = "exact" if self.gap == 0 else f"within {self.gap:.1%} of the optimum"
+        proof = "exact" if self.gap == 0 else f"within {100 * self.gap:.2g} % of the optimum"
         memory = "" if self.fits else ", DOES NOT FIT"
         return (
             f"[{axes}] {self.time_us / 1e3:.3g} ms, {proof}, {self.peak_bytes / 1e6:.4g} MB "

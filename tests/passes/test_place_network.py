@@ -142,6 +142,7 @@ def test_a_search_out_of_time_still_answers_and_states_an_honest_gap() -> None:
 
 def test_a_search_that_may_stop_early_states_an_honest_gap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(place_solve, "TABLE_LOG10", 0.5)
+    monkeypatch.setattr(place_solve, "SINGLE", 0)
     for seed in range(60):
         network = random_network(seed, most=7, density=0.9)
         best, solution = least(network), solve(network, enough=0.2)
