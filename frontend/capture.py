@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import traceback
 import warnings
@@ -22,7 +23,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.export import Dim, ExportedProgram, default_decompositions, export
 from torch.export.graph_signature import ExportGraphSignature
-from torch.fx import Graph, GraphModule, Interpreter
+from torch.fx import Graph, GraphModule, Interpreter, _lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.proxy import TracerBase
 from torch.overrides import TorchFunctionMode
@@ -68,6 +69,8 @@ def decompositions() -> Mapping[Any, Callable[..., Any]]:
     return {op: rule for op, rule in table if str(op) not in TABLE}
 
 
+#: private to torch; without it, tracing takes a little longer
+_lazily: Any = getattr(_lazy_graph_module, "_use_lazy_graph_module", None)
 #: traces until repeated modules of all classes that cannot be repeated are known
 _ATTEMPTS = 3
 #: for each input tensor, the dims whose size may vary, with least and largest size (None: any)
@@ -116,6 +119,14 @@ def _captured(
     root: torch.nn.Module, tensors: Sequence[Tensor], varying: VaryingDims,
     repeats: Repeats | None = None,
 ) -> AtenProgram:  # fmt: skip
+    with _lean():
+        return _exported(root, tensors, varying, repeats)
+
+
+def _exported(
+    root: torch.nn.Module, tensors: Sequence[Tensor], varying: VaryingDims,
+    repeats: Repeats | None,
+) -> AtenProgram:  # fmt: skip
     dims = (tuple(_hints(row) for row in varying),) if any(varying) else None
     with diagnosed(), _places(), nullcontext() if repeats is None else _while_running(root, repeats):
         program: ExportedProgram = export(root, tuple(tensors), dynamic_shapes=dims, strict=False)
@@ -131,6 +142,20 @@ def _captured(
     return AtenProgram(
         decomposed.graph, decomposed.graph_signature, decomposed.state_dict, decomposed.constants
     )
+
+
+@contextmanager
+def _lean() -> Iterator[None]:
+    """Without what takes a third of the time of a long trace: collecting garbage, of which tracing
+    makes little, and writing Python for graphs that are not run."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with nullcontext() if _lazily is None else _lazily(True):
+            yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 @contextmanager

@@ -209,8 +209,10 @@ class Repeats:
     def _call(
         self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any
     ) -> Any:
-        call = _taken((args, kwargs))
-        tree = None if call is None or _torch.nn.modules.module._has_any_global_hook() else self._tree(module)
+        with torch._C.DisableTorchFunction():  # what is asked of tensors here is no part of a trace
+            call = _taken((args, kwargs))
+            hooked = _torch.nn.modules.module._has_any_global_hook()
+            tree = None if call is None or hooked else self._tree(module)
         if call is None or tree is None or not call.tensors:
             return original(module, *args, **kwargs)
         kind = type(module)

@@ -92,17 +92,23 @@ class _Pending:
 
     @cached_property
     def _memory(self) -> frozenset[int]:
-        return frozenset(map(_memory_of, (*self.params, *self.grads)))
+        with _unseen():
+            return frozenset(map(_memory_of, (*self.params, *self.grads)))
 
     def concerns(self, used: Any) -> bool:
         """Does a tensor in a nested object share memory with one of these?"""
         leaves = pytree.tree_leaves(used)
-        return any(isinstance(x, Tensor) and _memory_of(x) in self._memory for x in leaves)
+        with _unseen():
+            return any(isinstance(x, Tensor) and _memory_of(x) in self._memory for x in leaves)
 
 
 def _memory_of(tensor: Tensor) -> int:
-    with torch._C.DisableTorchFunction():
-        return int(tensor.untyped_storage()._cdata)
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _unseen() -> Any:
+    """What is asked of many tensors, and is no part of a trace, need not pass all its modes."""
+    return torch._C.DisableTorchFunction()
 
 
 #: what reads of a tensor only what a step does not change, or its gradient's place
@@ -180,7 +186,11 @@ class Recorder:
         made = self._gradients(tensors, grad_tensors, create_graph, params)
         self._notice_clearing()
         for param, grad in zip(params, made, strict=True):
-            param.grad = grad if param.grad is None else param.grad + grad
+            with _unseen():
+                before = param.grad
+            total = grad if before is None else before + grad
+            with _unseen():
+                param.grad = total
 
     def grad(
         self, outputs: Any, inputs: Any, grad_outputs: Any = None, retain_graph: Any = None,
@@ -237,7 +247,8 @@ class Recorder:
             self.stepped, self.stepped_at = [], users_place()
             self._trace_step(self.own_step)
             return
-        found = [(name, p, p.grad) for name, p in self.parameters() if p.grad is not None]
+        with _unseen():
+            found = [(name, p, p.grad) for name, p in self.parameters() if p.grad is not None]
         self.stepped, self.stepped_at = [name for name, _, _ in found], users_place()
         self.grads = [grad for _, _, grad in found]
         self._pending = _Pending([param for _, param, _ in found], self.grads)
@@ -266,19 +277,22 @@ class Recorder:
 
     def trains(self) -> bool:
         """Has the step changed parameters, by the optimizer or by itself?"""
-        versions = [p._version for _, p in self.parameters()]
+        with _unseen():
+            versions = [p._version for _, p in self.parameters()]
         return self.stepped is not None or versions != self._versions
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """In place of `optimizer.zero_grad`."""
-        for _, param in self.parameters():
-            param.grad = None
+        with _unseen():
+            for _, param in self.parameters():
+                param.grad = None
 
     def _place_probe(self) -> None:
         """Zeros in place of one gradient tell whether the step clears gradients before it begins."""
         params = self.parameters()
         if params:
-            param = min((p for _, p in params), key=lambda p: p.numel())
+            with _unseen():
+                param = min((p for _, p in params), key=lambda p: p.numel())
             param.grad = torch.zeros_like(param)
             self._probe = param, param.grad, param.grad._version
 
@@ -309,10 +323,12 @@ class Recorder:
             try:
                 self.zero_grad()
                 self._place_probe()
-                self._versions = [p._version for _, p in self.parameters()]
+                with _unseen():
+                    self._versions = [p._version for _, p in self.parameters()]
                 yield
                 self._notice_clearing()
-                cleared = all(p.grad is None for _, p in self.parameters())
+                with _unseen():
+                    cleared = all(p.grad is None for _, p in self.parameters())
                 self.keeps_gradients = self.keeps_gradients and not cleared
                 self._refuse_new_settings(settings)
             finally:
