@@ -23,7 +23,8 @@ def _rows(result: SearchResult) -> Rows:
     best = result.best
     plan = best.pipeline
     yield "plan", f"{_headline(plan)}, on {best.layout}"
-    for axis in best.layout.mesh.names:
+    for axis in best.layout.mesh.names if best.placement is not None else ():
+        assert best.placement is not None
         yield f"axis {axis}", axis_words(best.placement.placed, axis)
     if len(plan.stages) > 1:
         for number, stage in enumerate(plan.stages):

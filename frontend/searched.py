@@ -59,6 +59,12 @@ class Searched:
     def dumps(self) -> list[tuple[str, Dump]]:
         """(what made it, dump) of each stage at each level, as `staging.staged_dumps`."""
         best = self.result.best
+        if best.layout.kinds:
+            raise CompileError(
+                "W0404", f"the best plan has {best.layout}",
+                reason="schedules are written for stages of equal devices",
+                hint="plan for one kind of device, or run what explain() says by other means",
+            )  # fmt: skip
         share = best.layout.cluster
         found = realize(self.result.split, self.result.units, best.pipeline, share)
         return written(

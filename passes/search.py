@@ -19,22 +19,24 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import inf
 
-from ..costmodel.cluster import Cluster, Group, make_cluster, meshes
+from ..costmodel.cluster import Cluster
 from ..ir.errors import CompileError
 from ..ir.module import Module, Op
-from ..ir.types import Mesh
 from .apply import apply_phased
 from .constraints import Constraints
-from .micro import LOOP, TimeSplit, time_split
+from .micro import LOOP, time_split
 from .place import MEMORY_SHARE, PlacementResult, search_mesh
 from .place_states import states_of
 from .search_costs import UnitCosts, unit_costs
 from .search_cuts import Block, Cut, Cutter, Part
 from .search_evaluate import Pipeline, evaluate
+from .search_layouts import Layout, layouts_of, part_of
+from .search_mixed import Share, lines_of, most_stages, places_of, shares_of
 from .search_realize import simulated
+from .search_result import Found, SearchResult, Wishes, nothing_fits, rank, why
 from .search_short import Short, shorten
 from .search_units import Units, units_of
 from .stages import cut
@@ -48,6 +50,8 @@ _CHUNKS = (2, 4)
 #: caps of the placed program's memory that are tried where nothing fits, as parts of what the
 #: devices of all stages have
 _CAPS = (0.5, 0.2)
+#: numbers of micro-batches on clusters of several kinds
+_MIXED_MICROS = (2, 4, 8, 16, 32, 64)
 #: more memory than any program takes: its placement is the fastest, whatever it holds
 _ROOM_BYTES = 1e18
 #: plans that are as near to the fastest are replayed by the event simulator
@@ -57,82 +61,6 @@ _KEPT = 5
 #: limit of one placement, after which it is the best found; meshes of more axes than these are
 #: searched by descent, which takes ten times as long: they come last
 _PLACE_S, _JOINT_AXES = 20.0, 2
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """What the user asks of a plan; None and empty leave it to the search.
-
-    Attributes:
-        stages, micro: their number.
-        order: `gpipe`, `1f1b` or `interleaved`.
-        recompute: whether activations may be computed again.
-        constraints: on placements and memory.
-    """
-
-    stages: int | None = None
-    micro: int | None = None
-    order: str = ""
-    recompute: bool = True
-    constraints: Constraints = Constraints()
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Devices dealt out to stages: equal stages of a homogeneous cluster, on a mesh each."""
-
-    stages: int
-    mesh: Mesh
-    cluster: Cluster  #: of one stage
-    ranks: int  #: of one stage
-
-    def __str__(self) -> str:
-        axes = " x ".join(f"{name}={size}" for name, size in self.mesh.axes) or "one device"
-        return axes if self.stages == 1 else f"{self.stages} stages of {axes}"
-
-
-@dataclass(frozen=True)
-class Found:
-    """A plan that was evaluated, and the placement that it stands on.
-
-    Attributes:
-        simulated_us: the step of its schedules in the event simulator; None where it was not among
-            the best few.
-    """
-
-    pipeline: Pipeline
-    layout: Layout
-    placement: PlacementResult = field(repr=False)
-    simulated_us: float | None = None
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """What the outer search found.
-
-    Attributes:
-        best: the fastest plan that fits.
-        split: the program over time that its stages are cut from.
-        units: what stages are made of.
-        rejected: the best plan of each other layout and of other numbers of micro-batches, and why
-            it lost, the nearest first.
-        layouts: how many there are; `bounded` of them could not win by their bound alone.
-        evaluated: plans that were evaluated.
-        lower_bound_us: no plan of the layouts that were looked at is faster than this.
-        seconds: that the search took.
-        complete: False where the budget ended it.
-    """
-
-    best: Found
-    split: TimeSplit
-    units: Units
-    rejected: tuple[tuple[Found, str], ...]
-    layouts: int
-    bounded: int
-    evaluated: int
-    lower_bound_us: float
-    seconds: float
-    complete: bool
 
 
 def search_plan(
@@ -156,46 +84,6 @@ def search_plan(
         met, or the budget ran out before a first plan.
     """
     return _Search(module, cluster, wishes, budget_s, layouts, finalists).run()
-
-
-def layouts_of(cluster: Cluster, most_stages: int) -> Iterator[Layout]:
-    """Equal stages: whole hosts each, or equal parts of hosts.
-
-    Meshes of a stage: those of `cluster.meshes`, and all others of two axes, the inner one first
-    inside of a host: which axis does what is up to the placement.
-    """
-    group = cluster.homogeneous()
-    for stages in range(1, min(most_stages, group.ranks) + 1):
-        if group.ranks % stages:
-            continue
-        ranks = group.ranks // stages
-        if ranks % group.devices == 0:
-            own = Group(group.kind, ranks // group.devices, group.devices)
-        elif group.devices % ranks == 0:
-            own = Group(group.kind, 1, ranks)
-        else:
-            continue
-        part = part_of(cluster, own)
-        known = meshes(part)
-        known += [
-            Mesh((("outer", ranks // inner), ("inner", inner)), group.kind)
-            for inner in range(2, ranks)
-            if ranks % inner == 0 and (ranks // inner, inner) not in [m.sizes for m in known]
-        ]
-        for mesh in known:
-            yield Layout(stages, mesh, part, ranks)
-
-
-def part_of(cluster: Cluster, group: Group) -> Cluster:
-    """Some of a cluster's devices as a cluster: same links; cores of a host shared as before."""
-    device = cluster.device
-    if group.kind != device.kind:
-        other = make_cluster((group,))
-        return replace(other, inter=cluster.inter)
-    if device.cores:
-        share = group.devices / cluster.devices_per_host
-        device = replace(device, cores=max(1, round(device.cores * min(1.0, share))))
-    return replace(cluster, groups=(group,), device=device)
 
 
 @dataclass
@@ -235,6 +123,8 @@ class _Search:
 
     def run(self) -> SearchResult:
         """Search. See `search_plan`."""
+        if len(self.cluster.groups) > 1:
+            return self._run_mixed()
         layouts = self._layouts(self.units)
         bounds = [self._bound_us(layout) for layout in layouts]
         slow = [len(layout.mesh.axes) > _JOINT_AXES for layout in layouts]
@@ -450,7 +340,89 @@ class _Search:
 
     def _best(self) -> Found:
         """The fastest; of equals the one with fewer stages, micro-batches and chunks."""
-        return min(self.found, key=_rank)
+        return min(self.found, key=rank)
+
+    # -- clusters of several kinds ----------------------------------------------------------------
+
+    def _run_mixed(self) -> SearchResult:
+        """Stages of different devices. See `search_mixed`."""
+        shares = shares_of(self.cluster)
+        most = min(self.units.count, most_stages(self.cluster))
+        wanted = self.wishes.micro
+        micros = [wanted] if wanted else [m for m in _MIXED_MICROS if self._can_split(m)]
+        first = micros[len(micros) // 2] if micros else 1
+        placed: dict[Share, tuple[Layout, PlacementResult]] = {}
+        for share in shares:
+            if time.perf_counter() - self.start > self.budget_s:
+                break
+            part = part_of(self.cluster, share.own)
+            layout = Layout(most, share.mesh, part, share.own.ranks)
+            placement = self._place(layout, first, inf)
+            if placement is not None:
+                placed[share] = layout, placement
+        bound = inf
+        for micro in micros or [1]:
+            costs = self._mixed_costs(placed, micro)
+            for line in lines_of(self.cluster):
+                bound = min(bound, self._line(line, costs, micro, most))
+        if not self.found:
+            raise self._nothing(len(placed) == len(shares))
+        best = self._best()
+        split = time_split(self.module, best.pipeline.micro)
+        return SearchResult(
+            best, split, units_of(split), tuple(self._rejected(best)), len(shares), 0,
+            self.evaluated, min(bound, best.pipeline.step_us), time.perf_counter() - self.start,
+            len(placed) == len(shares),
+        )  # fmt: skip
+
+    def _mixed_costs(
+        self, placed: Mapping[Share, tuple[Layout, PlacementResult]], micro: int
+    ) -> dict[Share, UnitCosts]:
+        """Costs of the units on each share, of those whose splits a micro-batch has rows for."""
+        out = {}
+        for share, (layout, placement) in placed.items():
+            try:
+                out[share] = self._costs(layout, placement, micro)
+            except CompileError as error:
+                if error.code not in ("W0401", "W0402"):
+                    raise
+        return out
+
+    def _line(
+        self, line: tuple[int, ...], costs: Mapping[Share, UnitCosts], micro: int, most: int
+    ) -> float:
+        """Evaluate the cuts over an order of the groups; no plan with these blocks is faster than
+        what is returned: a step has `micro` times its slowest stage."""
+        blocks, clusters, shares = [], {}, {}
+        for share, own in costs.items():
+            part = part_of(self.cluster, share.own)
+            memory = MEMORY_SHARE * part.device.memory_bytes
+            cap = self.wishes.constraints.memory_bytes
+            memory = memory if cap is None else min(memory, cap)
+            for start in places_of(self.cluster, line, share):
+                block = Block(start, start + share.own.ranks, own, memory)
+                blocks.append(block)
+                clusters[start] = part
+                shares[id(block)] = share
+        cutter = Cutter(self.units, micro, self.wishes.recompute)
+        cuts = cutter.best(blocks, most) if blocks else []
+        for cut_ in cuts:
+            if self.wishes.stages not in (None, len(cut_.parts)):
+                continue
+            used = [shares[id(part.block)] for part in cut_.parts]
+            layout = Layout(
+                len(used), used[0].mesh, clusters[cut_.parts[0].block.start], used[0].own.ranks,
+                tuple(str(share.own) for share in used),
+            )  # fmt: skip
+            for order in ("1f1b", "gpipe"):
+                if self.wishes.order in ("", order):
+                    plan = evaluate(cut_.parts, self.units.names, clusters, micro, order)
+                    self.evaluated += 1
+                    if plan.fits:
+                        self.found.append(Found(plan, layout, None))
+                    elif self.misfit is None or _over(plan) < _over(self.misfit):
+                        self.misfit = plan
+        return min((micro * c.bottleneck_us for c in cuts), default=inf)
 
     def _final(self) -> Found:
         """The best by the event simulator, of the few that are near the fastest."""
@@ -472,7 +444,7 @@ class _Search:
     def _kinds(self) -> list[Found]:
         """The best plan of each layout, number of micro-batches and order."""
         kinds: dict[object, Found] = {}
-        for found in sorted(self.found, key=_rank):
+        for found in sorted(self.found, key=rank):
             plan = found.pipeline
             kinds.setdefault((str(found.layout), plan.micro, plan.order, plan.chunks), found)
         return list(kinds.values())
@@ -500,12 +472,6 @@ class _Search:
 
 #: whether full recompute is among the choices of a stage: `recompute.py` writes it down
 _FULL_RECOMPUTE = True
-
-
-def _rank(found: Found) -> tuple[bool, float, int, int, int, bool]:
-    plan = found.pipeline
-    step = found.simulated_us if found.simulated_us is not None else plan.step_us
-    return found.simulated_us is None, step, len(plan.stages), plan.chunks, plan.micro, plan.order != "1f1b"
 
 
 def _longest(cuts: Sequence[Cut], stages: int) -> Cut | None:
@@ -539,26 +505,6 @@ def _least_us(program: _Program, layout: Layout, of: Sequence[int]) -> float:
     return sum(by_unit[unit] for unit in of)
 
 
-def why(plan: Pipeline, best: Pipeline) -> str:
-    """What a plan loses against the best one, in words."""
-    own, other = plan.losses_us(), best.losses_us()
-    lost = sorted(((own[k] - other[k], k) for k in own), reverse=True)
-    more = [f"{name} +{us / 1e3:.3g} ms" for us, name in lost if us > 0.01 * best.step_us][:2]
-    return ", ".join(more) or "no faster"
-
-
-def nothing_fits(plan: Pipeline, cluster: Cluster) -> CompileError:
-    """Says by how much the nearest plan is over, on which device, and what would help."""
-    stage = max(plan.stages, key=lambda s: s.peak_bytes - s.memory_bytes)
-    number = plan.stages.index(stage)
-    over = stage.peak_bytes - stage.memory_bytes
-    times = stage.peak_bytes / stage.memory_bytes
-    where = f"stage {number} of {len(plan.stages)}" if len(plan.stages) > 1 else "each rank"
-    return CompileError(
-        "W0402", f"no plan fits on {cluster}",
-        reason=f"the nearest one needs {stage.peak_bytes / 1e9:.3g} GB on {where} "
-        f"({stage.kind}), {over / 1e9:.3g} GB more than the {stage.memory_bytes / 1e9:.3g} GB that "
-        "it may fill",
-        hint=f"devices of {stage.peak_bytes / MEMORY_SHARE / 1e9:.3g} GB, about "
-        f"{int(cluster.ranks * times) + 1} devices, or a smaller batch",
-    )  # fmt: skip
+__all__ = [
+    "Found", "Layout", "SearchResult", "Wishes", "layouts_of", "part_of", "search_plan",
+]  # fmt: skip

@@ -18,6 +18,7 @@ from weft.passes.micro import time_split
 from weft.passes.place import search_mesh
 from weft.passes.search import Wishes, search_plan
 from weft.passes.search_costs import unit_costs
+from weft.passes.search_mixed import lines_of, places_of, shares_of
 from weft.passes.search_realize import realize, schedules, simulated
 from weft.passes.search_short import shorten
 from weft.passes.search_units import units_of
@@ -163,3 +164,30 @@ def test_one_device_and_prime_numbers_of_devices(text: str) -> None:
     assert sum(stage.mesh.size for stage in result.best.pipeline.stages) == result.best.layout.ranks * len(
         result.best.pipeline.stages
     )
+
+
+# -- several kinds of devices -----------------------------------------------------------------------
+
+
+def test_fast_devices_get_more_of_the_program_than_slow_ones() -> None:
+    mixed = parse_cluster("1x2:h100+1x2:v100")
+    result = search_plan(wide(4096), mixed)
+    stages = result.best.pipeline.stages
+    assert {stage.kind for stage in stages} == {"h100", "v100"}
+    share = {kind: sum(len(s.units) for s in stages if s.kind == kind) for kind in ("h100", "v100")}
+    assert share["h100"] > share["v100"]
+    assert result.lower_bound_us <= result.best.pipeline.step_us
+    slow = parse_cluster("1x4:v100")
+    assert result.best.pipeline.step_us < search_plan(wide(4096), slow).best.pipeline.step_us
+
+
+def test_a_mixed_cluster_is_covered_by_its_blocks() -> None:
+    cluster = parse_cluster("2x4:h100+1x8:a100")
+    for line in lines_of(cluster):
+        for share in shares_of(cluster):
+            group = cluster.groups[share.group]
+            places = places_of(cluster, line, share)
+            assert len(places) * share.own.ranks == group.ranks
+    assert {str(share.own) for share in shares_of(cluster)} == {
+        "1x2:h100", "1x4:h100", "2x4:h100", "1x4:a100", "1x8:a100"
+    }  # fmt: skip
