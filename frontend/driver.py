@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -140,7 +140,10 @@ def plan_program(
         staged, mesh = found.staged, found.mesh
     text = logical_passes(program.kind) if staged else options.pipeline
     text = text or default_pipeline(program.kind, cluster, mesh)
-    passes = parse_pipeline(text, ALL_PASSES)
+    passes = tuple(
+        replace(p, cache=options.cache / "placements") if isinstance(p, Place) else p
+        for p in parse_pipeline(text, ALL_PASSES)
+    )
     if known:
         passes = tuple(Carry(p, tuple(known)) if isinstance(p, _PLACING) else p for p in passes)
     manager = PassManager(

@@ -22,6 +22,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
 from typing import ClassVar
 
 from ..costmodel.cluster import Cluster, meshes, parse_cluster
@@ -30,6 +31,7 @@ from ..ir.module import Module
 from ..ir.types import Mesh
 from .base import Pass
 from .constraints import Constraints
+from .place_cache import cached
 from .place_memory import fitted, frontier
 from .place_model import Runs
 from .place_refuse import check_axes, conflict, over_cap
@@ -46,6 +48,7 @@ def search(
     limit_s: float = 60.0,
     constraints: Constraints = Constraints(),
     enough: float = 0.0,
+    cache: Path | None = None,
 ) -> PlacementResult:
     """The fastest placement of a logical module that fits, over candidate meshes.
 
@@ -54,6 +57,7 @@ def search(
         limit_s: time after which a mesh's search returns its best placement with its gap.
         constraints: what the placement must obey.
         enough: relative gap at which the search of a large program stops.
+        cache: folder of answers, by what was asked; None keeps nothing.
 
     Raises:
         CompileError: W0402 where no mesh gives a legal placement, or parameters and optimizer
@@ -65,8 +69,9 @@ def search(
     for mesh in tried:
         try:
             result = search_mesh(
-                module, mesh, cluster, limit_s=limit_s, constraints=constraints, enough=enough
-            )
+                module, mesh, cluster, limit_s=limit_s, constraints=constraints, enough=enough,
+                cache=cache,
+            )  # fmt: skip
         except CompileError as error:
             if error.code != "W0402":
                 raise
@@ -107,6 +112,7 @@ def search_mesh(
     constraints: Constraints = Constraints(),
     enough: float = 0.0,
     recompute: bool = False,
+    cache: Path | None = None,
 ) -> PlacementResult | None:
     """The fastest placement on one mesh that fits, or the one of least memory; None if none is legal.
 
@@ -119,6 +125,7 @@ def search_mesh(
             have says nothing.
         enough: relative gap at which the search of a large program stops; 0 for a proven optimum.
         recompute: whether blocks may be computed again where the plan does not fit.
+        cache: folder of answers, by what was asked; None keeps nothing.
 
     Raises:
         CompileError: W0402 where constraints contradict each other, with a least set of them, or one
@@ -131,16 +138,20 @@ def search_mesh(
             module, mesh, cluster, limit_s, joint_axes, runs, constraints, enough, modes
         )
 
-    task = make({})
-    best = task.attempt(0.0)
-    if best is None and task.chosen.rules:
-        raise conflict(task.chosen.rules, task.legal)
-    if best is None or best.report[0].fits:
+    def found() -> PlacementResult | None:
+        task = make({})
+        best = task.attempt(0.0)
+        if best is None and task.chosen.rules:
+            raise conflict(task.chosen.rules, task.legal)
+        if best is None or best.report[0].fits:
+            return best
+        best = fitted(task, best, make if recompute else None)
+        if constraints.memory_bytes is not None and not best.report[0].fits:
+            raise over_cap(constraints, best.price.peak_bytes)
         return best
-    best = fitted(task, best, make if recompute else None)
-    if constraints.memory_bytes is not None and not best.report[0].fits:
-        raise over_cap(constraints, best.price.peak_bytes)
-    return best
+
+    wishes = (limit_s, joint_axes, str(constraints), enough, recompute)
+    return cached(cache, module, mesh, cluster, runs, wishes, found)
 
 
 def search_frontier(
@@ -195,6 +206,10 @@ class Place(Pass):
         gap: relative gap to the lower bound at which the search of a large program stops (about
             five transformer blocks or more; smaller ones are solved to the end). 0 proves the
             optimum: most of the time goes into the proof, the plan is mostly the same.
+
+    Attributes:
+        cache: folder of placements found before; None keeps nothing. Not an option: it changes
+            nothing about the result.
     """
 
     name: ClassVar[str] = "place"
@@ -206,6 +221,7 @@ class Place(Pass):
     limit_s: float = 60.0
     constraints: str = ""
     gap: float = 0.01
+    cache: Path | None = None
 
     def run(self, module: Module) -> Module:
         """The placed module. Raises CompileError W0402, W0501."""
@@ -219,6 +235,7 @@ class Place(Pass):
         result = search(
             module, cluster, self.candidates(cluster), limit_s=self.limit_s,
             constraints=Constraints.parse(self.constraints), enough=self.gap,
+            cache=self.cache,
         )  # fmt: skip
         for number, report in enumerate(result.report):
             log.info("%s: %s", "chosen" if number == 0 else "also tried", report)
