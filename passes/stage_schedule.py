@@ -14,7 +14,7 @@ from itertools import zip_longest
 
 from ..ir.errors import CompileError
 from ..ir.module import Attr, Function, Module, Namer, Op, Value
-from ..ir.types import B, Mesh, P, Placement
+from ..ir.types import B, Mesh, P, Placement, TensorType
 from .carry import carried
 from .dead_code import without_dead_ops
 from .lower import lower
@@ -25,6 +25,7 @@ from .reshard import StepCost
 from .schedule import Schedule
 from .stage_bodies import Levels, Part, When, levels_of, make_parts
 from .stage_clock import Clock, Message, clock, stage_of
+from .stage_packets import flat_type, joined, packets, parted
 from .stages import StageModule, Transfer, cut
 
 _JOIN = {"sum": "add", "max": "maximum", "min": "minimum"}
@@ -455,14 +456,77 @@ class _Writer:
                     sends.append(message)
                 else:
                     receives.append(message)
-        for message in sorted(sends, key=_channel_order):
-            self.send(message)
-        for message in sorted(receives, key=_channel_order):
-            self.start(message)
-        for message in sorted(receives, key=_channel_order):
-            self.wait("recv", message)
-        for message in sorted(sends, key=_channel_order):
-            self.wait("send", message)
+        outgoing, incoming = self._packets(sends), self._packets(receives)
+        for packet in outgoing:
+            self._send_packet(packet)
+        for packet in incoming:
+            self._start_packet(packet)
+        for packet in incoming:
+            self._wait_packet(packet)
+        for packet in outgoing:
+            self.wait("send", packet[0])
+
+    def _packets(self, messages: Sequence[Message]) -> list[list[Message]]:
+        """What travels together, channel by channel, in an order that both ends share."""
+        channels: dict[tuple[int, int], list[Message]] = {}
+        for message in sorted(messages, key=_channel_order):
+            ends = stage_of(message.source, self.stages), stage_of(message.target, self.stages)
+            channels.setdefault(ends, []).append(message)
+        out = []
+        for channel in channels.values():
+            types = [self._sent_type(message) for message in channel]
+            out += [[channel[i] for i in packet] for packet in packets(types)]
+        return out
+
+    def _sent_type(self, message: Message) -> TensorType:
+        """The type of what a message carries; this stage has one of its ends."""
+        if stage_of(message.target, self.stages) == self.stage:
+            return self._received(message).type
+        part = self.part(message.source)
+        name = self.sent_name(part, message.value, message.target)
+        return next(v.type for v in part.entry.results if v.name == name)
+
+    def _received(self, message: Message) -> Value:
+        part = self.part(message.target)
+        return next(v for v in part.entry.params if v.name == message.value)
+
+    def _send_packet(self, packet: Sequence[Message]) -> None:
+        if len(packet) == 1:
+            self.send(packet[0])
+            return
+        values = [
+            self.get(m.source, -1, self.sent_name(self.part(m.source), m.value, m.target))
+            for m in packet
+        ]
+        whole = joined(self._emit_as, values)
+        to = stage_of(packet[0].target, self.stages)
+        attrs: dict[str, Attr] = {"to": to, "tag": self._tag(self.stage, to), "async": True}
+        self.handles["send", packet[0]] = self.emit("send", (whole,), whole, "packet_send", attrs)
+
+    def _start_packet(self, packet: Sequence[Message]) -> None:
+        if len(packet) == 1:
+            self.start(packet[0])
+            return
+        like = Value("packet", flat_type([self._received(m).type for m in packet]))
+        source = stage_of(packet[0].source, self.stages)
+        tag = self._tag(source, self.stage)
+        attrs: dict[str, Attr] = {"source": source, "tag": tag, "async": True}
+        self.handles["recv", packet[0]] = self.emit("recv", (), like, "packet_recv", attrs)
+
+    def _wait_packet(self, packet: Sequence[Message]) -> None:
+        if len(packet) == 1:
+            self.wait("recv", packet[0])
+            return
+        handle = self.handles.pop(("recv", packet[0]))
+        whole = self.emit("wait", (handle,), handle, "packet")
+        values = parted(self._emit_as, whole, [self._received(message) for message in packet])
+        for message, value in zip(packet, values, strict=True):
+            self.put(message.target, -1, message.value, value)
+
+    def _emit_as(
+        self, name: str, operands: Sequence[Value], like: Value, attrs: dict[str, Attr]
+    ) -> Value:
+        return self.emit(name, operands, like, like.name, attrs)
 
     def _results(self) -> tuple[list[Value], list[Mapping[str, Attr]]]:
         results: list[Value] = []
