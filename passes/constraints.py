@@ -73,8 +73,11 @@ class Rule:
         )
 
     def admits(self, placement: Sequence[Placement], axes: Sequence[str], rank: int) -> bool:
-        """Does a placement, one entry per axis, of a tensor with `rank` dims obey?"""
-        return all(
+        """Does a placement, one entry per axis, of a tensor with `rank` dims obey?
+
+        A scalar has no dims to split: rules say nothing about it.
+        """
+        return rank == 0 or all(
             any(_entry_matches(entry, pattern, rank) for pattern in self.allowed)
             for entry, axis in zip(placement, axes, strict=True)
             if self.axis in (axis, "*")

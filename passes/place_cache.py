@@ -12,6 +12,7 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
+from functools import lru_cache
 from hashlib import sha256
 from math import isclose
 from pathlib import Path
@@ -27,8 +28,6 @@ from .place_recompute import recompute
 from .place_task import MeshReport, PlacementResult
 from .price import price
 
-#: raised when what a search answers, or how it is stored, changes
-_FORMAT = 1
 _ENTRY = re.compile(r"S\((\d+)\)|P\((\w+)\)")
 
 
@@ -48,7 +47,7 @@ def cached(
     """
     if folder is None:
         return search()
-    asked = (_FORMAT, mesh, cluster, runs, wishes, print_module(module))
+    asked = (_code(), mesh, cluster, runs, wishes, print_module(module))
     name = sha256("\n".join(map(repr, asked)).encode()).hexdigest()
     path = folder / name[:2] / f"{name}.json"
     found = _read(path, module, mesh, cluster, runs)
@@ -57,6 +56,15 @@ def cached(
         if found is not None:
             _write(path, found)
     return found
+
+
+@lru_cache(maxsize=1)
+def _code() -> str:
+    """A digest of what searches and prices: another version gives other answers."""
+    folder, total = Path(__file__).resolve().parent, sha256()
+    for path in sorted((*folder.glob("*.py"), *(folder.parent / "costmodel").glob("*.py"))):
+        total.update(path.read_bytes())
+    return total.hexdigest()
 
 
 def _read(
