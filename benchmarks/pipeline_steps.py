@@ -1,8 +1,9 @@
 """Train steps of a Llama as pipeline stages, written down at schedule level by hand.
 
-The passes make no pipelines yet, so the simulator's benchmark builds the schedules of all stages
-itself: Megatron's tensor parallelism in each block, batches split over `dp`, gradients added up
-over the micro-batches and scattered over `dp` for sharded AdamW states.
+The simulator's benchmark is about thousands of devices and one given plan, so it does not search one
+(`passes/stage_schedule.py` writes what a search finds): Megatron's tensor parallelism in each block,
+batches split over `dp`, gradients added up over the micro-batches and scattered over `dp` for sharded
+AdamW states.
 """
 
 from __future__ import annotations

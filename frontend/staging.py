@@ -27,8 +27,15 @@ from .report import Dump
 
 
 def is_staged(options: Options) -> bool:
-    """Do options ask for stages or micro-batches?"""
-    return options.stages * options.chunks > 1 or options.micro > 1
+    """Do options ask for stages or micro-batches? Raises CompileError W1001 with a pipeline."""
+    staged = options.stages * options.chunks > 1 or options.micro > 1
+    if staged and options.pipeline:
+        raise CompileError(
+            "W1001", "a pass pipeline and stages or micro-batches exclude each other",
+            reason="stages are placed and scheduled by passes of their own",
+            hint="leave pipeline= out, or stages=, micro= and chunks=",
+        )  # fmt: skip
+    return staged
 
 
 def stage_cluster(cluster: Cluster, stages: int) -> Cluster:

@@ -12,6 +12,7 @@ from torch import nn
 
 import weft
 from weft.costmodel.cluster import parse_cluster
+from weft.frontend.options import OPTIONS
 from weft.frontend.staging import stage_cluster
 from weft.frontend.verify import verify_dumps
 from weft.ir.errors import CompileError, WeftError
@@ -92,6 +93,7 @@ def test_a_forward_pass_has_no_backward_slots() -> None:
         (tied, {"stages": 2}, "W0404", "cannot share the 1 devices"),
         (tied, {"micro": 0}, "W1001", "option micro"),
         (tied, {"micro": 2.0}, "W1001", "option micro"),
+        (tied, {"micro": 2, "options": OPTIONS.with_({"pipeline": "simplify"})}, "W1001", "exclude"),
         (tied, {"micro": 2, "order": "best"}, "W1001", "no pipeline schedule 'best'"),
         (tied, {"cluster": "2x1:cpu", "stages": 2, "chunks": 2}, "W0404", "1F1B has no virtual"),
         (contrastive, {"micro": 2}, "W0404", "cannot be computed in 2 micro-batches"),
