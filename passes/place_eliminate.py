@@ -30,7 +30,7 @@ def order_of(network: Network) -> Order:
     """The best elimination order that the greedy rules find; the quickest rule in large networks."""
     if len(network.unary) > _LARGE:
         sizes = {v: len(u) for v, u in network.unary.items()}
-        return eliminate(network.near, sizes, "min-weight")
+        return eliminate(network.near, sizes, "min-degree")
     return best_order(network.near, {v: len(u) for v, u in network.unary.items()})
 
 

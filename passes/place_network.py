@@ -19,6 +19,7 @@ that is small enough for every sum to be exact.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -365,12 +366,19 @@ def reduce(
         kept: variables that have costs outside of this network: they stay, and lose only states
             that are infeasible here.
     """
-    pending = dict.fromkeys(network.unary)
+    queue, waiting = deque(network.unary), set(network.unary)
+
+    def look_again(variables: Sequence[int]) -> None:
+        for other in variables:
+            if other not in waiting:
+                waiting.add(other)
+                queue.append(other)
+
     survivors: dict[Hashable, Index | None] = {}
     alive: list[Any] = []  # keys are identities: what they stand for stays
-    while pending:
-        variable = next(iter(pending))
-        del pending[variable]
+    while queue:
+        variable = queue.popleft()
+        waiting.discard(variable)
         if variable not in network.unary:
             continue
         near = network.near[variable]
@@ -384,7 +392,7 @@ def reduce(
         rows = survivors[key]
         if rows is not None:
             network.keep(variable, rows)
-            pending.update(dict.fromkeys(others))
+            look_again(others)
         left = len(network.states[variable])
         if not left:
             network.constant = FORBIDDEN
@@ -393,10 +401,10 @@ def reduce(
             continue
         if len(others) <= 1 or (len(others) == 2 and _worthwhile(network, variable)):
             network.eliminate(variable)
-            pending.update(dict.fromkeys(others))
+            look_again(others)
         elif left == 1:
             _fix(network, variable)
-            pending.update(dict.fromkeys(others))
+            look_again(others)
 
 
 def _worthwhile(network: Network, variable: int) -> bool:
