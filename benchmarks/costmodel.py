@@ -26,12 +26,16 @@ def main() -> int:
         "--retrain", action="store_true", help="train small networks without the judged rows"
     )
     parser.add_argument("--steps", type=int, default=1500, help="of each network of --retrain")
-    parser.add_argument("--tables", default="gemm,attention,moe,eltwise,conv", help="of --retrain")
+    parser.add_argument("--tables", default="gemm,attention,moe,eltwise,conv,collectives",
+                        help="of --retrain")  # fmt: skip
     options = parser.parse_args()
     if options.retrain:
+        from collective_held_out import held_out  # minutes
         from costmodel_retrain import retrained  # needs torch for minutes
 
-        rows = retrained(options.data, options.tables.split(","), options.steps)
+        names = options.tables.split(",")
+        rows = retrained(options.data, [n for n in names if n != "collectives"], options.steps)
+        rows += held_out(options.data) if "collectives" in names else []
     else:
         rows = costmodel_kernels.rows(options.data)
         if not options.quick:

@@ -19,7 +19,7 @@ from statistics import fmean, median
 from rows import Row, arguments, finish, show
 
 from weft.costmodel.collectives_model import CollectiveModel, Sample, collective_model
-from weft.costmodel.collectives_query import Query, fabric_of
+from weft.costmodel.collectives_query import Query, fabric_of, network_of
 
 #: bytes of an element where they matter
 _BYTES = {"fp32": 4.0, "fp8": 1.0, "int8": 1.0, "nvfp4": 0.5}
@@ -55,7 +55,7 @@ def query_of(row: Mapping[str, str]) -> Query:
     return Query(
         row["collective"], float(row["bytes"]), ranks, ranks if fabric == "nvl72" else per_host,
         device, fabric, network, impl, row["timing"], sms, experts,
-        _BYTES.get(row["dtype"], 2.0),
+        _BYTES.get(row["dtype"], 2.0), joined=network_of(row["interconnect"]),
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@
 3. The residual: one linear system per (implementation, collective).
 4. Intervals: quantiles of the errors of a refit without each device in turn (`new`), and without a
    fifth of the measured series of known devices (`known`): conformal prediction by groups (Vovk, 2012).
+   Few devices make a group, so all are widened by what leaving out each source once more asks for.
 
 With --report it also prints the errors of those refits.
 """
@@ -16,31 +17,34 @@ import argparse
 import hashlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from collective_intervals import DEVICES, PARTS, Missed, folds_of, scored, spans, tell
 from costmodel_collectives import query_of, read_rows
 from safetensors.numpy import save_file
 
 from weft.costmodel.collectives_model import (
-    LEVELS,
     CollectiveModel,
     Key,
     Weights,
     dump,
+    place,
     span_group,
 )
-from weft.costmodel.collectives_prior import START, Array, Prior, columns, parameters
+from weft.costmodel.collectives_prior import START, Array, Columns, Prior, columns, parameters
 from weft.costmodel.collectives_query import Query
 from weft.costmodel.collectives_residual import Features, features, solve
 
 OUT = Path(__file__).parents[1] / "costmodel" / "weights" / "collectives.safetensors"
 #: beyond this error in log-time a row counts linearly
 _HUBER = 0.2
-#: least number of errors for a quantile of a group's own
-_FEW = 40
+#: in a parameter's logarithm, for differences
+_STEP = 1e-4
+#: rows of a series above which only a part is kept
+_LONG = 150
 _X0 = np.array([math.log(start) for start, _ in START.values()])
 _SD = np.array([sd for _, sd in START.values()])
 
@@ -60,25 +64,40 @@ class Data:
 
 
 def thin(queries: Sequence[Query], times: Sequence[float]) -> Data:
-    """Medians of four sizes an octave; expert-parallel ops keep their sizes, which name a model. Rows
-    weigh less in long series, so that no source drowns the others."""
+    """Medians of two sizes an octave; expert-parallel ops keep their sizes, which name a model, and
+    of a long series a part. Rows weigh less in long series, so that no source drowns the others."""
     groups: dict[Query, list[tuple[float, float]]] = defaultdict(list)
     for query, time in zip(queries, times, strict=True):
         octaves = math.log2(query.bytes + 1)
-        size = query.bytes if query.impl.startswith("deepep") else float(round(4 * octaves))
+        size = query.bytes if query.impl.startswith("deepep") else float(round(2 * octaves))
         groups[replace(query, bytes=size)].append((query.bytes, time))
-    found, middle = [], []
-    for query, rows in groups.items():
+    long = Counter(map(_series, groups))
+    found, middle, place = [], [], Counter[tuple[str, ...]]()
+    for query, rows in sorted(groups.items(), key=lambda item: _order(item[0])):
+        series = _series(query)
+        place[series] += 1
+        if place[series] % max(1, long[series] // _LONG):
+            continue
         size = math.exp(np.mean([math.log(max(b, 1)) for b, _ in rows]))
         found.append(replace(query, bytes=rows[0][0] if query.impl.startswith("deepep") else size))
         middle.append(float(np.median([t for _, t in rows])))
-    series = Counter(map(_series, found))
-    weights = np.array([5 / math.sqrt(series[_series(q)]) for q in found])
+    series_rows = Counter(map(_series, found))
+    weights = np.array([5 / math.sqrt(series_rows[_series(q)]) for q in found])
     return Data(found, np.array(middle), weights)
+
+
+def _order(query: Query) -> tuple[object, ...]:
+    return (*_series(query), query.ranks, query.per_host, query.fabric, query.joined,
+            query.multiprocessors, query.experts, query.element_bytes, query.bytes)  # fmt: skip
 
 
 def _series(query: Query) -> tuple[str, str, str, str]:
     return query.device, query.impl, query.collective, query.timing
+
+
+def untrained() -> Array:
+    """Logarithms of the prior's parameters before any data."""
+    return _X0.copy()
 
 
 def fit_prior(data: Data, start: Array, rounds: int) -> Array:
@@ -94,11 +113,21 @@ def fit_prior(data: Data, start: Array, rounds: int) -> Array:
         huber = np.where(size < _HUBER, size**2 / 2, _HUBER * (size - _HUBER / 2))
         return float((data.weights * huber).sum() + (((x - _X0) / _SD) ** 2).sum() / 2)
 
+    forms = [np.array([i for i, q in enumerate(data.queries) if _form(q) == form])
+             for form in dict.fromkeys(map(_form, data.queries))]  # fmt: skip
+    parts = [c.take(rows) for rows in forms]
+    uses = [_used(part, x) for part in parts]
     r, damping = missed(x), 1e-2
     best = loss(r, x)
     for _ in range(rounds):
-        step = 1e-4
-        jacobian = np.stack([(missed(x + step * e) - r) / step for e in np.eye(len(x))], axis=1)
+        jacobian = np.zeros((len(r), len(x)))
+        for form, (rows, used) in enumerate(zip(forms, uses, strict=True)):
+            of = parts[form]
+            for i in used:
+                shifted = x.copy()
+                shifted[i] += _STEP
+                logs_of = np.log(Prior(parameters(shifted))(of)) - logs[rows]
+                jacobian[rows, i] = (logs_of - r[rows]) / _STEP
         w = data.weights * np.minimum(1, _HUBER / np.maximum(np.abs(r), 1e-9))
         hessian = jacobian.T @ (jacobian * w[:, None]) + np.diag(1 / _SD**2)
         slope = jacobian.T @ (w * r) + (x - _X0) / _SD**2
@@ -116,6 +145,20 @@ def fit_prior(data: Data, start: Array, rounds: int) -> Array:
     return x
 
 
+def _form(query: Query) -> str:
+    """Rows with one form of the prior use the same parameters."""
+    family = query.impl.partition(":")[0]
+    return "nvlink" if family.startswith("nvlink") else family
+
+
+def _used(part: Columns, x: Array) -> list[int]:
+    """Parameters that some of these rows depend on."""
+    some = part.take(np.arange(0, len(part.bytes), 1 + len(part.bytes) // 400))
+    times = Prior(parameters(x))(some)
+    return [i for i, e in enumerate(np.eye(len(x)))
+            if np.abs(Prior(parameters(x + _STEP * e))(some) / times - 1).max() > 1e-9]  # fmt: skip
+
+
 def fit(data: Data, start: Array, rounds: int) -> tuple[Weights, Array]:
     """Weights without intervals, and the logarithms of the prior's parameters."""
     x = fit_prior(data, start, rounds)
@@ -129,7 +172,7 @@ def fit(data: Data, start: Array, rounds: int) -> tuple[Weights, Array]:
         index = np.array([i for i, q in enumerate(data.queries) if (q.impl, q.collective) == key])
         block = known.take(index)
         points[key] = block, solve(block, missed[index])
-    measured = frozenset((q.device, q.impl) for q in data.queries)
+    measured = frozenset(map(place, data.queries))
     return Weights(values, devices, points, {}, measured), x
 
 
@@ -145,68 +188,22 @@ def errors(model: CollectiveModel, data: Data) -> list[float]:
     return [math.log(model.time_us(q) / float(t)) for q, t in pairs]
 
 
-def refits(
-    data: Data, start: Array, folds: Sequence[Sequence[int]], known: bool
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Errors of each fold under a fit without it, by group of interval and by device."""
-    groups: dict[str, list[float]] = defaultdict(list)
-    named: dict[str, list[float]] = defaultdict(list)
-    for fold in folds:
+def refits(data: Data, start: Array, keys: Sequence[str], parts: int, known: bool) -> list[Missed]:
+    """Errors of the rows, each under a fit without all that shares a part with it.
+
+    Args:
+        keys: of the rows; those with equal keys are in one part.
+        known: the devices are known all the same.
+    """
+    out = []
+    for fold in folds_of(keys, parts):
         held = set(fold)
         weights, _ = fit(data.take(i for i in range(len(data.queries)) if i not in held), start, 3)
-        judged = data.take(fold)
-        model = CollectiveModel(weights)
-        found = errors(model, judged)
-        for query, error in zip(judged.queries, found, strict=True):
-            groups[span_group(query, "known" if known else model.level(query))].append(error)
-            where = f"{query.device}, {query.hosts} hosts" if query.hosts > 1 else query.device
-            named[f"{where}, {query.impl}"].append(error)
-    return groups, named
-
-
-def spans(found: dict[str, list[float]]) -> dict[str, tuple[float, float]]:
-    """Logs of the factors from an estimate down and up to its 90 % interval, of all groups."""
-    out = {}
-    for family in ("nccl", "custom", "deepep", "nvlink"):
-        for fabric in ("switch", "other"):
-            for far in ("near", "far"):
-                for level in LEVELS:
-                    wanted = (family, fabric, far, level)
-                    own = _pool(found, wanted)
-                    low, high = np.quantile(own, (0.95, 0.05))
-                    out[" ".join(wanted)] = (float(-low), float(-high))
+        judged, model = data.take(fold), CollectiveModel(weights)
+        for index, query, error in zip(fold, judged.queries, errors(model, judged), strict=True):
+            level = "known" if known else model.level(query)
+            out.append(Missed(query, tuple(span_group(query, level).split()), keys[index], error))
     return out
-
-
-def _pool(found: dict[str, list[float]], wanted: tuple[str, ...]) -> list[float]:
-    """The errors of a group, or of the smallest union of groups around it that has enough."""
-    orders: tuple[Callable[[Sequence[str]], bool], ...] = (
-        lambda g: tuple(g) == wanted,
-        lambda g: g[1:] == list(wanted[1:]),
-        lambda g: g[2:] == list(wanted[2:]),
-        lambda g: g[3] == wanted[3],
-        lambda g: True,
-    )
-    for fits in orders:
-        pool = [e for group, errors in found.items() if fits(group.split()) for e in errors]
-        if len(pool) >= _FEW:
-            return pool
-    raise ValueError("too few measurements for intervals")
-
-
-def tell(title: str, named: dict[str, list[float]]) -> None:
-    """Print errors."""
-    print(title)
-    for name in sorted(named):
-        e = np.abs(np.expm1(named[name]))
-        print(f"  {name:45s} {len(e):5d} rows, MAPE {100 * e.mean():6.1f} %, "
-              f"median {100 * np.median(e):6.1f} %, bias {100 * np.mean(named[name]):+6.1f} %")
-
-
-def folds_of(keys: Sequence[object], count: int) -> list[list[int]]:
-    """Indices in `count` parts that keep equal keys together."""
-    part = {key: i % count for i, key in enumerate(dict.fromkeys(keys))}
-    return [[i for i, key in enumerate(keys) if part[key] == f] for f in range(count)]
 
 
 def main() -> None:
@@ -217,15 +214,15 @@ def main() -> None:
     options = parser.parse_args()
     table = read_rows(options.data)
     data = thin([query_of(row) for row in table], [float(row["time_us"]) for row in table])
-    weights, x = fit(data, _X0, 25)
+    weights, x = fit(data, _X0, 15)
     devices = [q.device for q in data.queries]
-    new, by_device = refits(data, x, folds_of(devices, len(set(devices))), False)
-    series = [(_series(q), q.ranks, q.per_host) for q in data.queries]
-    known, by_series = refits(data, x, folds_of(series, 5), True)
+    series = [" ".join((*_series(q), str(q.ranks), str(q.per_host))) for q in data.queries]
+    new = refits(data, x, devices, DEVICES, False)
+    known = refits(data, x, series, PARTS, True)
     if options.report:
-        tell("a device left out", by_device)
-        tell("series left out", by_series)
-    weights = replace(weights, spans=spans({**new, **known}))
+        tell("a device left out", scored(new, DEVICES))
+        tell("series left out", scored(known, PARTS))
+    weights = replace(weights, spans=spans(new, known))
     source = next(options.data.glob("collectives.csv*"))
     tensors, about = dump(weights, {
         "data": source.name, "sha256": hashlib.sha256(source.read_bytes()).hexdigest(),

@@ -9,7 +9,9 @@ hosts 1 ms apart; none of them changes with the size):
     all_reduce                       a ring, 2 (p - 1) hops
     all_gather, lse_combine          a ring, p - 1 hops
     reduce_scatter, all_to_all,      every rank sends to every other at once, 1 hop; the runtime does
-    permute_ranks                    reduce_scatter as all_to_all and a local sum
+    permute_ranks                    reduce_scatter as all_to_all and a local sum. Inside a host, where
+                                     nothing but the ranks' own work takes time, all_to_all and
+                                     reduce_scatter take p - 1 hops
     broadcast                        the root sends to every other host, 1 hop
 
 `wire` is what leaves a host's network card: a ring of p ranks crosses each card once, whatever the
@@ -71,7 +73,7 @@ class OpCosts:
         base_us: fixed.
         near_us, far_us: of a hop inside a host, and between hosts beyond its delays.
         copy_ns_per_byte: processor time per byte that a rank handles.
-        far_ns_per_byte: of it, more when the network card takes part.
+        far_ns_per_byte: more for a byte that the network card takes part in.
         efficiency: of the network card's rate.
     """
 
@@ -88,7 +90,7 @@ class OpCosts:
         copy = self.copy_ns_per_byte * place.crowd
         if place.far:
             hop = self.far_us + 2e6 * place.delay_s
-            copy += self.far_ns_per_byte
+            copy += self.far_ns_per_byte * far_share(name, place)
         else:
             hop, copy = self.near_us * place.crowd * place.hop_scale, copy * place.copy_scale
         on_wire = self.wire_us(name, bytes_per_rank, place)
@@ -111,10 +113,19 @@ def volume(name: str, bytes_per_rank: float, place: Place) -> tuple[float, float
     if name in ("all_gather", "lse_combine"):
         return p - 1.0, b * (p - 1), b * (p - 1)
     if name in ("reduce_scatter", "all_to_all"):
-        return 1.0, b * n * (p - n) / p, b * (p - 1) / p
+        return (1.0 if place.far else p - 1.0), b * n * (p - n) / p, b * (p - 1) / p
     if name == "broadcast":
         return 1.0, b * (hosts - 1), b
     return 1.0, b, b
+
+
+def far_share(name: str, place: Place) -> float:
+    """Part of the bytes that the ranks send which goes to other hosts. Ranks of a host share its cores,
+    so what counts is the mean over them: of a ring's links one per host leaves it."""
+    p, n = place.ranks, min(place.per_host, place.ranks)
+    if name in ("all_reduce", "all_gather", "lse_combine", "permute_ranks"):
+        return 1 / n
+    return (p - n) / (p - 1)
 
 
 @dataclass(frozen=True)

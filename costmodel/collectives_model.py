@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import safe_open
 
 from .collectives_prior import Array, Prior, columns
-from .collectives_query import COLLECTIVES, IMPLS, TIMINGS, Query, generation_of
+from .collectives_query import COLLECTIVES, FABRICS, IMPLS, TIMINGS, Query, generation_of
 from .collectives_residual import FEATURES, Features, bounded, features, kernel
 
 #: octaves of the curves' sizes: 64 B to 64 GB; below the time is that of 64 B, beyond it grows with
@@ -27,6 +27,8 @@ from .collectives_residual import FEATURES, Features, bounded, features, kernel
 _LOW, _HIGH, _PER_OCTAVE = 6, 36, 2
 _GRID = np.arange(_LOW * _PER_OCTAVE, _HIGH * _PER_OCTAVE + 1) / _PER_OCTAVE
 _OCTAVES: tuple[float, ...] = tuple(map(float, _GRID))
+#: timings with the waiting for other ranks, or the processor, in them
+_NOISY = ("kineto_kernel", "host_wallclock_sync", "eager")
 
 
 class Span(NamedTuple):
@@ -38,6 +40,8 @@ class Span(NamedTuple):
 
 
 Key = tuple[str, str]
+#: device, implementation, shape of the fabric, `near` or `far`
+Measured = tuple[str, str, str, str]
 
 
 @dataclass(frozen=True)
@@ -48,15 +52,15 @@ class Weights:
         parameters: of the prior.
         devices: names of the measured devices; a feature is an index into it.
         points: (implementation, collective) -> measured points and their weights.
-        spans: group of an interval -> log of the factors down and up.
-        measured: (device, implementation) pairs that were measured.
+        spans: group of an interval -> log of the factor down and up.
+        measured: what was measured, see `place`.
     """
 
     parameters: Mapping[str, float]
     devices: tuple[str, ...]
     points: Mapping[Key, tuple[Features, Array]]
-    spans: Mapping[str, tuple[float, float]]
-    measured: frozenset[Key]
+    spans: Mapping[str, float]
+    measured: frozenset[Measured]
 
 
 @dataclass(frozen=True)
@@ -113,8 +117,8 @@ class CollectiveModel:
         if query.ranks == 1:
             return Span(0.0, 0.0, 0.0)
         time_us = self.time_us(query)
-        low, high = self._span(query)
-        return Span(time_us, time_us * math.exp(low), time_us * math.exp(high))
+        factor = math.exp(self.weights.spans[span_group(query, self.level(query))])
+        return Span(time_us, time_us / factor, time_us * factor)
 
     def time_us(self, query: Query) -> float:
         """Time of a collective, unchecked."""
@@ -125,12 +129,15 @@ class CollectiveModel:
         key = replace(query, bytes=float(_odd(query)))
         found = self._curves.get(key)
         if found is None:
-            odd = round(key.bytes)
-            logs = self.raw([replace(key, bytes=float(2**o)) for o in _OCTAVES], odd)
-            logs = np.maximum.accumulate(logs)
-            if key.ranks >= 4:
-                logs = np.maximum(logs, self.curve(replace(key, ranks=key.ranks // 2)).logs)
-            found = self._curves[key] = Curve(tuple(map(float, logs)))
+            sizes = [key]  # and halved groups
+            while sizes[-1].ranks >= 4:
+                sizes.append(replace(sizes[-1], ranks=sizes[-1].ranks // 2))
+            asked = [replace(q, bytes=float(2**o)) for q in reversed(sizes) for o in _OCTAVES]
+            table = self.raw(asked, round(key.bytes)).reshape(len(sizes), -1)
+            table = np.maximum.accumulate(np.maximum.accumulate(table, axis=1), axis=0)
+            for one, logs in zip(reversed(sizes), table, strict=True):
+                self._curves[one] = Curve(tuple(map(float, logs)))
+            found = self._curves[key]
         return found
 
     def raw(self, queries: Sequence[Query], odd: int | None = None) -> Array:
@@ -159,38 +166,48 @@ class CollectiveModel:
     def _local(self) -> _Local:
         return _Local(CollectiveModel(self.weights), self.samples)
 
-    def _span(self, query: Query) -> tuple[float, float]:
-        return self.weights.spans[span_group(query, self.level(query))]
-
     def level(self, query: Query) -> str:
-        """How well the device is known: one of LEVELS."""
-        if self.samples or (query.device, query.impl) in self.weights.measured:
+        """How well a place is known: one of LEVELS."""
+        if query.hosts > MOST_HOSTS:
+            return "new"
+        found = place(query)
+        if self.samples or found in self.weights.measured:
             return "known"
-        kin = (generation_of(query.device), query.impl) in self._families
-        return "kin" if kin else "new"
+        return "kin" if (query.generation, *found[1:]) in self._families else "new"
 
     @cached_property
-    def _families(self) -> frozenset[tuple[float, str]]:
-        """(generation, implementation) of the measured devices."""
-        return frozenset((generation_of(d), impl) for d, impl in self.weights.measured)
+    def _families(self) -> frozenset[tuple[float, str, str, str]]:
+        """`place`, with the generation in place of the device."""
+        measured = self.weights.measured
+        return frozenset((generation_of(d), impl, shape, far) for d, impl, shape, far in measured)
 
     def calibrated(self, samples: Iterable[Sample]) -> CollectiveModel:
         """The model for the machine on which the samples were measured."""
         return CollectiveModel(self.weights, tuple(samples))
 
 
-#: how well a device is known: measured, another of its generation measured, neither
+#: how well a place is known: measured, on another device of its generation, neither; best first
 LEVELS = ("known", "kin", "new")
+#: hosts of the measurements; groups of more are new everywhere
+MOST_HOSTS = 2
+
+
+def place(query: Query) -> Measured:
+    """Where a collective is asked for, as far as it matters to whether that was measured."""
+    far = "far" if query.hosts > 1 else "near"
+    return query.device, query.impl, FABRICS[query.fabric].shape, far
 
 
 def span_group(query: Query, level: str) -> str:
-    """Queries whose errors are alike: how well is the device known, and what is asked?"""
+    """Queries whose errors are alike: library, fabric, hosts, whether a processor or other ranks are
+    part of what is timed, and how well the place is known."""
     family = query.impl.partition(":")[0].removesuffix("_ll")
     family = "nvlink" if family.startswith("nvlink") else family
     family = "nccl" if family == "oneccl" else family
     fabric = "switch" if query.shape == "switch" else "other"
     far = "far" if query.hosts > 1 else "near"
-    return f"{family} {fabric} {far} {level}"
+    timing = "noisy" if query.timing in _NOISY else "device"
+    return f"{family} {fabric} {far} {timing} {level}"
 
 
 def _odd(query: Query) -> int:
@@ -246,7 +263,7 @@ def dump(weights: Weights, about: Mapping[str, str]) -> tuple[dict[str, Array], 
         table = np.concatenate([known.table, alpha[:, None]], axis=1)
         tensors[f"{impl}/{collective}"] = table.astype(np.float32)
     told = {"parameters": dict(weights.parameters), "devices": list(weights.devices),
-            "spans": {k: list(v) for k, v in weights.spans.items()},
+            "spans": dict(weights.spans),
             "measured": sorted(weights.measured), "features": list(FEATURES)}  # fmt: skip
     return tensors, {**about, "model": json.dumps(told)}
 
@@ -259,8 +276,8 @@ def read(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> Weights:
         impl, _, collective = name.partition("/")
         table = np.asarray(table, dtype=np.float64)
         points[impl, collective] = Features(table[:, :-1]), table[:, -1]
-    spans = {k: (float(v[0]), float(v[1])) for k, v in told["spans"].items()}
-    measured = frozenset((str(a), str(b)) for a, b in told["measured"])
+    spans = {k: float(v) for k, v in told["spans"].items()}
+    measured = frozenset((str(d), str(i), str(s), str(f)) for d, i, s, f in told["measured"])
     return Weights(told["parameters"], tuple(told["devices"]), points, spans, measured)
 
 

@@ -21,11 +21,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .collectives_query import COLLECTIVES, IMPLS, SHAPES, TIMINGS, Query
+from .collectives_query import COLLECTIVES, IMPLS, NETWORKS, SHAPES, TIMINGS, Query
 
 Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 _PLAIN = COLLECTIVES[:5]  # those of NCCL
+#: Ampere's clock in MHz: latencies are counted in its cycles
+_CLOCK = 1410
+#: experts that a token goes to (DeepSeek-V3)
+_TOP_K = 8
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,11 @@ class Columns:
     generation: Array
     element_bytes: Array
     latency_scale: Array
+    clock: Array
+    memory: Array
+    joined: Ints
+    peer: Ints
+    arm: Ints
 
     def take(self, index: npt.NDArray[np.generic]) -> Columns:
         """Some of the queries."""
@@ -69,7 +78,9 @@ def columns(queries: Sequence[Query]) -> Columns:
         reals(lambda q: q.hosts), reals(lambda q: q.gb_per_s), reals(lambda q: q.network),
         reals(lambda q: q.multiprocessors), reals(lambda q: q.experts),
         reals(lambda q: q.generation), reals(lambda q: q.element_bytes),
-        reals(lambda q: q.latency_scale),
+        reals(lambda q: q.latency_scale), reals(lambda q: q.clock_mhz / _CLOCK),
+        reals(lambda q: q.memory_gb_per_s), ints(lambda q: NETWORKS.index(q.joined)),
+        ints(lambda q: q.peer), ints(lambda q: q.arm_host),
     )  # fmt: skip
 
 
@@ -78,17 +89,23 @@ def _start() -> dict[str, tuple[float, float]]:
     the datasheet bandwidth."""
     out = {
         "lat:ll128": (1.5, 0.7), "lat:simple": (8.0, 0.7), "lat:nvls": (18.0, 0.4),
-        "eff:nvls": (0.95, 0.2), "hopper": (0.9, 0.2), "blackwell": (1.3, 0.3),
-        "pcie:crowd": (0.5, 0.5), "net:hop": (10.0, 0.5), "net:eff": (0.6, 0.4),
-        "net:base": (15.0, 0.5), "net:alltoall": (1.0, 0.3), "base:oneccl": (12.0, 0.5),
-        "custom:eager": (30.0, 0.5), "custom:lat2": (2.0, 0.5), "custom:one": (0.5, 0.4),
-        "custom:two": (0.7, 0.3), "custom:hop": (0.2, 0.5), "custom:nccl": (4.0, 0.5),
-        "ep:eff": (0.6, 0.4), "ep:net": (30.0, 0.5), "ep:netbytes": (1.5, 0.7),
-        "ll:net": (12.0, 0.5), "ll:netbytes": (6.0, 0.7), "ll:blackwell": (1.4, 0.3),
-        "ll:few": (1.0, 0.5), "nv:hop": (0.8, 0.7), "nv:grow": (0.5, 0.4),
+        "eff:nvls": (0.95, 0.2), "hopper": (1.0, 0.15), "blackwell": (1.3, 0.3),
+        "clock": (1.0, 0.2), "pcie:crowd": (1.0, 0.15), "pcie:peer": (0.3, 0.3),
+        "net:hop": (4.0, 0.2), "net:base": (10.0, 0.2), "net:alltoall": (1.0, 0.2),
+        "base:oneccl": (12.0, 0.5), "net:ib": (1.0, 0.1), "net:efa": (3.0, 0.4),
+        "net:tcp": (5.0, 0.4), "net:pcie": (5.0, 0.7), "custom:eager": (30.0, 0.5),
+        "net:eff": (0.85, 0.05), "net:ramp": (1.0, 0.2), "net:pair": (0.5, 0.3),
+        "custom:copy": (2.0, 0.3), "custom:arm": (1.3, 0.3), "custom:lat2": (2.0, 0.5),
+        "custom:one": (0.5, 0.4), "custom:two": (0.7, 0.3), "custom:hop": (0.2, 0.5),
+        "custom:nccl": (4.0, 0.5), "ep:eff": (0.6, 0.4), "ep:net": (30.0, 0.5),
+        "ep:netbytes": (0.45, 0.3), "ll:net": (12.0, 0.5), "ll:netbytes": (0.8, 0.3),
+        "ll:blackwell": (1.4, 0.3), "ll:few": (1.0, 0.5), "nv:hop": (0.8, 0.7),
+        "nv:grow": (1.1, 0.2),
     }  # fmt: skip
-    for timing, start in zip(TIMINGS, (6.0, 6.0, 5.0, 40.0, 3.0, 35.0, 20.0), strict=True):
-        out[f"base:{timing}"] = (start, 1.0)
+    for timing, start, sd in zip(
+        TIMINGS, (6.0, 1.2, 8.0, 60.0, 3.0, 35.0, 20.0), (0.7, 0.15, 0.7, 0.7, 1, 1, 1), strict=True
+    ):  # that of nccl_tests is a factor
+        out[f"base:{timing}"] = (start, sd)
     for name, base, copy in zip(
         _PLAIN, (1.0, 1.0, 1.0, 1.1, 0.8), (0.1, 0.4, 0.3, 0.1, 0.1), strict=True
     ):
@@ -96,7 +113,7 @@ def _start() -> dict[str, tuple[float, float]]:
     for shape in SHAPES:
         out |= {f"hop:{shape}": (1.0, 0.5), f"ll:{shape}": (0.12, 0.5)}
         out |= {f"ll128:{shape}": (0.35, 0.5)}
-        out |= {f"simple:{shape}": (0.4 if shape == "pcie" else 0.75, 0.3)}
+        out |= {f"simple:{shape}": (0.4 if shape == "pcie" else 0.75, 0.1 if shape == "mesh" else 0.3)}
     out |= {f"base:{impl}": (3.5, 0.4) for impl in IMPLS[2:5]}
     for name in COLLECTIVES[5:7]:
         out |= {f"base:{name}": (25.0, 0.4), f"bytes:{name}": (4.0, 0.5), f"sm:{name}": (12.0, 0.5)}
@@ -104,7 +121,8 @@ def _start() -> dict[str, tuple[float, float]]:
         out |= {f"base:{name}": (9.0, 0.4), f"bytes:{name}": (6.0, 0.5)}
     for impl in IMPLS[7:]:
         for name in COLLECTIVES[9:]:
-            out |= {f"base:{impl}:{name}": (11.0, 0.4), f"bytes:{impl}:{name}": (1.0, 0.7)}
+            out |= {f"base:{impl}:{name}": (11.0, 0.4), f"wire:{impl}:{name}": (0.4, 0.7),
+                    f"local:{impl}:{name}": (0.3, 0.7)}
     return out
 
 
@@ -145,11 +163,13 @@ class Prior:
         p = self.p
         newest = np.where(c.generation >= 3, p["blackwell"], 1.0)
         newer = np.where(c.generation == 2, p["hopper"], newest)
-        return newer * c.latency_scale
+        found: Array = newer * c.latency_scale / c.clock ** p["clock"]
+        return found
 
     def _crowd(self, c: Columns) -> Array:
         """More than two devices share the host's PCIe."""
-        return np.where(c.shape == 3, np.maximum(c.local / 2, 1.0) ** self.p["pcie:crowd"], 1.0)
+        crowd = np.where(c.peer > 0, self.p["pcie:peer"], self.p["pcie:crowd"])
+        return np.where(c.shape == 3, np.maximum(c.local / 2, 1.0) ** crowd, 1.0)
 
     def _protocols(self, c: Columns) -> Array:
         """Inside a host: the least over LL, LL128, Simple and NVLS."""
@@ -173,7 +193,7 @@ class Prior:
             np.where(in_switch, nvls, 1e9),
         ])  # fmt: skip
 
-    def _network(self, c: Columns) -> Array:
+    def _network(self, c: Columns) -> tuple[Array, Array]:
         """What hosts add: the steps of trees and rings, and the bytes that leave a host."""
         p, m = self.p, c.hosts
         reduce, swap, pair = c.collective == 0, c.collective == 3, c.collective == 4
@@ -181,26 +201,41 @@ class Prior:
         steps = np.where(reduce, 2 * np.log2(m), np.where(swap | pair, once, m - 1))
         share = np.where(reduce, 2.0, 1.0) * np.where(pair, once, (m - 1) / m)
         rate = c.local * c.network * 1e3 * p["net:eff"]
-        wire = c.bytes * share / rate * np.where(swap, p["net:alltoall"], 1.0)
-        found: Array = steps * p["net:hop"] * c.latency_scale + p["net:base"] * once + wire
+        wire = c.bytes * share / rate * np.where(swap, c.local * p["net:alltoall"], 1.0)
+        slow = self._of("net:{}", NETWORKS, c.joined) * np.where(c.shape >= 3, p["net:pcie"], 1.0)
+        slow = slow * np.where(pair, p["net:pair"], 1.0) * c.latency_scale
+        return (steps * p["net:hop"] + p["net:base"] * once) * slow, wire
+
+    def _with_network(self, inside: Array, c: Columns) -> Array:
+        """The time inside hosts, with what the network adds: both work on different parts at once.
+        A message in parts of the best size takes (sqrt(latency) + sqrt(wire))^2."""
+        steps, wire = self._network(c)
+        pipelined = wire + 2 * self.p["net:ramp"] * np.sqrt(steps * wire)
+        found: Array = np.hypot(inside, pipelined) + steps
         return found
 
     def _nccl(self, c: Columns) -> Array:
         base = self._of("base:{}", TIMINGS, c.timing)
+        base = np.where(c.timing == 1, base * self.p[f"base:{TIMINGS[0]}"], base)
         base = base * self._of("base:{}", COLLECTIVES, c.collective)
-        base = base * np.where(c.timing <= 1, self._latency(c), 1.0)
+        base = base * np.where(c.timing <= 2, self._latency(c), 1.0)
         base = np.where(c.impl == 1, self.p["base:oneccl"], base)
-        return base + self._protocols(c) + self._network(c)
+        return base + self._with_network(self._protocols(c), c)
 
     def _custom(self, c: Columns) -> Array:
         p, n = self.p, c.local
         rate = c.gb_per_s * 1e3 / self._crowd(c)
         hop = p["custom:hop"] * self._latency(c)
-        base = self._of("base:{}", IMPLS, c.impl) + np.where(c.timing == 5, p["custom:eager"], 0.0)
+        base = self._of("base:{}", IMPLS, c.impl) * np.sqrt(self._latency(c))
         one = (n - 1) * (hop + c.bytes / (rate * p["custom:one"])) + 0.01
         two = p["custom:lat2"] + 2 * (n - 1) * (hop + c.bytes / n / (rate * p["custom:two"]))
-        best = _least([one, two, self._protocols(c) + p["custom:nccl"]])
-        return base + best + self._network(c)
+        direct = np.where((c.shape >= 3) & (n > 2), 1e9, 0.0)  # needs a link to every peer
+        best = _least([one + direct, two + direct, self._protocols(c) + p["custom:nccl"]])
+        eager = c.timing == 5
+        copy = np.where(eager, c.bytes * p["custom:copy"] / (c.memory * 1e3), 0.0)
+        found: Array = base + self._with_network(best, c) + copy
+        host = p["custom:eager"] * np.where(c.arm > 0, p["custom:arm"], 1.0)
+        return np.where(eager, (found**4 + host**4) ** 0.25, found)
 
     def _deepep(self, c: Columns) -> Array:
         p, m = self.p, c.hosts
@@ -227,8 +262,13 @@ class Prior:
     def _nvlink_alltoall(self, c: Columns) -> Array:
         pairs = [f"{impl}:{name}" for impl in IMPLS for name in COLLECTIVES]
         index = c.impl * len(COLLECTIVES) + c.collective
-        moved = c.bytes * self._of("bytes:{}", pairs, index) * c.ranks ** self.p["nv:grow"]
-        hops = self.p["nv:hop"] * np.log2(c.ranks) * c.latency_scale
+        n = c.ranks
+        copies = (n - 1) * (1 - (1 - 1 / n) ** _TOP_K)  # of a token, to other ranks
+        tokens = 2 * c.bytes / c.element_bytes
+        dispatch = c.collective == COLLECTIVES.index("alltoall_dispatch")
+        payload = np.where(dispatch, c.bytes, tokens) * copies ** self.p["nv:grow"]
+        moved = payload * self._of("wire:{}", pairs, index) + tokens * self._of("local:{}", pairs, index)
+        hops = self.p["nv:hop"] * np.log2(n) * c.latency_scale
         found: Array = self._of("base:{}", pairs, index) + hops + moved / (c.gb_per_s * 1e3)
         return found
 

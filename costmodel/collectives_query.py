@@ -10,8 +10,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 
 from ..ir.errors import CompileError
+from .datasheet import datasheets
 
 COLLECTIVES = (
     "all_reduce", "all_gather", "reduce_scatter", "alltoall", "send_recv",
@@ -27,13 +29,22 @@ TIMINGS = (
     "deepep_bench",
 )  # fmt: skip
 #: how the devices of a host hang together: all to all through switches, in pairs, as a mesh of
-#: direct links, or over the host's PCIe
-SHAPES = ("switch", "pair", "mesh", "pcie")
+#: direct links, over the host's PCIe, or over that with every other hop of a ring over a bridge
+SHAPES = ("switch", "pair", "mesh", "pcie", "bridged")
+#: what joins hosts, as far as a description says: InfiniBand (or RoCE), Elastic Fabric Adapter (and
+#: other user-level stacks without ordered delivery), sockets
+NETWORKS = ("ib", "efa", "tcp")
+_NETWORK_NAMES = (("efa", "efa"), ("tcp", "tcp"), ("eth", "tcp"), ("gvnic", "tcp"))
 #: generations in steps of latency and of what NCCL may use: in-switch reduction from 2 on
 _GENERATIONS = (
     (r"V100|DGX1", 0.0), (r"A100|A30|A40|A10\b|MI25|MI1|MI2", 1.0), (r"L4|RTX|4090|Arc", 1.5),
     (r"H100|H200|H20|GH200|H800|MI3[0-2]", 2.0), (r"B200|B300|MI35|B100", 3.0),
 )  # fmt: skip
+
+
+#: clock in MHz and memory in GB/s of a device without a datasheet, by its generation
+_TYPICAL = {0.0: (1530.0, 900.0), 1.0: (1410.0, 2039.0), 1.5: (2520.0, 864.0), 2.0: (1830.0, 3350.0),
+            3.0: (1965.0, 8000.0)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,10 +73,10 @@ FABRICS = {
     "xgmi2": Fabric("mesh", 350, 8), "xgmi3": Fabric("mesh", 448, 8),
     "xgmi4": Fabric("mesh", 537, 8), "gloo": Fabric("pcie", 1, 1 << 20),
 }  # fmt: skip
-#: GB/s per device where nothing says what the network between hosts is, such that the fitted
-#: efficiency of networks gives the 1.1 GB/s measured beside PCIe 3 and 1.9 beside NVLink bridges;
-#: else InfiniBand as in DGX-1 and DGX A100
-_DEFAULT_NET = {"pcie": 4.0, "pair": 6.0, "mesh": 12.5, "switch": 25.0}
+#: GB/s where nothing says what the network between hosts is: hosts of PCIe cards have one card of
+#: 10 Gbit/s (1.25) or of 25 to 100; others one per device, InfiniBand as in DGX-1 and DGX A100
+_HOST_NET = {"pcie": 1.5, "bridged": 4.0, "pair": 4.0}
+_DEFAULT_NET = {"mesh": 12.5, "switch": 25.0}
 
 
 @dataclass(frozen=True)
@@ -85,6 +96,7 @@ class Query:
         multiprocessors: those that DeepEP's normal kernels may use.
         experts: of DeepEP's low-latency kernels.
         element_bytes: matters to the NVLink all-to-all only.
+        joined: what joins hosts, one of NETWORKS.
         bandwidth_scale, latency_scale: of this machine's fabric, against the fabric's usual ones.
     """
 
@@ -102,6 +114,7 @@ class Query:
     element_bytes: float = 2.0
     bandwidth_scale: float = 1.0
     latency_scale: float = 1.0
+    joined: str = "ib"
 
     @property
     def hosts(self) -> int:
@@ -120,9 +133,31 @@ class Query:
 
     @property
     def shape(self) -> str:
-        """What the fabric is to this many devices: a bridge joins two, more go over PCIe."""
+        """What the fabric is to this many devices: a bridge joins two, a ring of more takes PCIe
+        between the pairs."""
         shape = FABRICS[self.fabric].shape
-        return "pcie" if shape == "pair" and self.local > 2 else shape
+        return "bridged" if shape == "pair" and self.local > 2 else shape
+
+    @property
+    def peer(self) -> bool:
+        """Do devices read each other's memory over PCIe? Intel's do, through oneCCL; of others it
+        depends on the host, and copies through its memory are usual."""
+        return self.device.startswith("Intel")
+
+    @property
+    def arm_host(self) -> bool:
+        """Is the host's processor part of the module, as Grace is?"""
+        return self.device.startswith(("GB", "GH"))
+
+    @property
+    def clock_mhz(self) -> float:
+        """Of the device."""
+        return _clock_and_memory(self.device)[0]
+
+    @property
+    def memory_gb_per_s(self) -> float:
+        """Of the device."""
+        return _clock_and_memory(self.device)[1]
 
     @property
     def gb_per_s(self) -> float:
@@ -137,7 +172,10 @@ class Query:
     @property
     def network(self) -> float:
         """GB/s per device between hosts."""
-        return self.net_gb_per_s or _DEFAULT_NET[self.shape]
+        if self.net_gb_per_s:
+            return self.net_gb_per_s
+        shared = _HOST_NET.get(self.shape)
+        return shared / self.local if shared else _DEFAULT_NET[self.shape]
 
     def check(self) -> None:
         """Raise CompileError W0501 for what no machine has."""
@@ -146,6 +184,7 @@ class Query:
             (self.collective, COLLECTIVES, "collective"),
             (self.impl, IMPLS, "implementation"),
             (self.timing, TIMINGS, "timing"),
+            (self.joined, NETWORKS, "network"),
         ):
             if value not in known:
                 _unknown(what, value, known)
@@ -174,6 +213,12 @@ def generation_of(device: str) -> float:
     return next((g for pattern, g in _GENERATIONS if re.search(pattern, device, re.I)), 2.0)
 
 
+@cache
+def _clock_and_memory(device: str) -> tuple[float, float]:
+    sheet = datasheets().get(device)
+    return (sheet.boost_mhz, sheet.mem_gbs) if sheet else _TYPICAL[generation_of(device)]
+
+
 def check_fabric(name: str) -> Fabric:
     """A fabric by name. Raises CompileError W0501, with near misses."""
     if name not in FABRICS:
@@ -187,6 +232,13 @@ def _unknown(what: str, name: str, known: tuple[str, ...]) -> None:
         "W0501", f"unknown {what} {name!r}", reason=f"known are {', '.join(known)}",
         hint=f"did you mean {near[0]!r}?" if near else f"use one of these {what}s",
     )  # fmt: skip
+
+
+def network_of(interconnect: str) -> str:
+    """The one of NETWORKS that a description such as `NVLink4-NVSwitch+EFA` says; InfiniBand where it
+    says nothing."""
+    text = interconnect.lower()
+    return next((name for part, name in _NETWORK_NAMES if part in text), "ib")
 
 
 def fabric_of(interconnect: str, device: str = "") -> str:

@@ -28,6 +28,8 @@ _LENGTHS = {
 }  # fmt: skip
 #: correlation across timing modes and shapes of fabric
 _OTHER_TIMING, _OTHER_SHAPE = 0.4, 0.1
+#: part of what is shared that remains between hosts: a site's network is its own
+_OTHER_SITE = 0.1
 FEATURES = ("impl", "collective", "timing", "shape", "bytes", "time", "rate", "generation", "device",
             *_LENGTHS)  # fmt: skip
 
@@ -69,7 +71,33 @@ def features(c: Columns, device: Sequence[int], odd: Sequence[int]) -> Features:
 
 
 def kernel(a: Features, b: Features) -> Array:
-    """Covariance of the residuals of two sets of one (implementation, collective)."""
+    """Covariance of the residuals of two sets of one (implementation, collective).
+
+    Queries of one curve differ in their size only, so what does not depend on it is computed once
+    for each place.
+    """
+    where = [i for i, name in enumerate(FEATURES) if name not in ("bytes", "time")]
+    places, inverse = np.unique(a.table[:, where], axis=0, return_inverse=True)
+    table = np.zeros((len(places), len(FEATURES)))
+    table[:, where] = places
+    shared, trend, own, own_trend = (
+        part[inverse.reshape(-1)] for part in _of_places(Features(table), b)
+    )
+
+    def bell(name: str, length: float) -> Array:
+        gap = a.of(name)[:, None] - b.of(name)[None, :]
+        found: Array = np.exp(-0.5 * (gap / length) ** 2)
+        return found
+
+    size = 0.6 * bell("bytes", 1.2) + 0.4 * bell("time", 1.2)
+    found: Array = size * shared + bell("bytes", 6.0) * (trend + own_trend)
+    if own.any():
+        found += bell("bytes", 1.0) * own
+    return found
+
+
+def _of_places(a: Features, b: Features) -> tuple[Array, Array, Array, Array]:
+    """Factors of the four parts of the covariance that do not depend on sizes."""
 
     def gap(name: str) -> Array:
         found: Array = a.of(name)[:, None] - b.of(name)[None, :]
@@ -78,24 +106,19 @@ def kernel(a: Features, b: Features) -> Array:
     def same(name: str, other: float) -> Array:
         return np.where(gap(name) == 0, 1.0, other)
 
-    def bell(name: str, length: float) -> Array:
-        found: Array = np.exp(-0.5 * (gap(name) / length) ** 2)
-        return found
-
-    exponent = sum((gap(name) / length) ** 2 for name, length in _LENGTHS.items())
     timing = same("timing", _OTHER_TIMING)
-    fabric = same("shape", _OTHER_SHAPE) * bell("rate", 2.0)
-    core = np.exp(-0.5 * exponent) * timing
-    size = 0.6 * bell("bytes", 1.2) + 0.4 * bell("time", 1.2)
-    trend = bell("bytes", 6.0) * timing
+    core = timing * np.exp(-0.5 * sum((gap(n) / length) ** 2 for n, length in _LENGTHS.items()))
+    kin = np.exp(-0.5 * (gap("generation") / 0.7) ** 2)
+    fabric = same("shape", _OTHER_SHAPE) * np.exp(-0.5 * (gap("rate") / 2.0) ** 2)
+    hosts = a.of("far")[:, None] + b.of("far")[None, :] > 0
+    fabric = np.where(hosts, _OTHER_SITE * fabric, fabric)
     device = np.where((gap("device") == 0) & (a.of("device")[:, None] >= 0), 1.0, 0.0)
-    kin = bell("generation", 0.7)
-    shared = core * size * (_SHARED + _GENERATION * kin)
-    shared = shared + trend * (_TREND + _TREND_GENERATION * kin)
-    found: Array = fabric * shared + device * (
-        _DEVICE * core * bell("bytes", 1.0) + _TREND_DEVICE * trend
+    return (
+        fabric * core * (_SHARED + _GENERATION * kin),
+        fabric * timing * (_TREND + _TREND_GENERATION * kin),
+        device * core * _DEVICE,
+        device * timing * _TREND_DEVICE,
     )
-    return found
 
 
 def bounded(residual: Array) -> Array:

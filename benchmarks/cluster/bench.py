@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from costs import ComputeCosts, Costs, fit_compute
 from hosts import Hosts, Topology, missing
 from network import Measured, error, fit
-from plans import MODELS, Case, cases, meshes, trace
+from plans import MODELS, Case, cases, meshes, trace, whole
 from rows import Row, arguments, finish, show
 
 from weft.costmodel.cluster import Cluster, parse_cluster
@@ -48,6 +48,8 @@ JUDGED = (*CALIBRATION[:2], Topology(2, 2, FAST), Topology(2, 1, SLOW), Topology
 #: seeds of random placements
 _LEARNT, _JUDGED = range(1000, 1009), range(22)
 _LARGEST = 1 << 22
+#: Mbit/s and us of a network over which no transfer pays
+_APART = (0.1, 20_000)
 
 
 @dataclass(frozen=True)
@@ -157,10 +159,12 @@ class Bench:
         return out
 
     def compute(self, world: int) -> ComputeCosts:
-        """Local actions with `world` ranks on this machine."""
+        """Local actions with `world` ranks on this machine, of the shares of plans and of whole models:
+        the times of shapes in between are interpolated."""
         topology, folder = Topology(1, world), self.folder / f"learn{world}"
-        file = describe(topology, self.folder)
-        plans = list(cases(self.programs, topology, file, self.learnt, folder))
+        plans = list(cases(self.programs, topology, describe(topology, self.folder), self.learnt, folder))
+        apart = describe(Topology(world, 1, *_APART), self.folder)
+        plans += whole(self.programs, world, apart, self.folder / f"whole{world}")
         found = self._run(topology, "worker.py", "trace", "OUT", *(str(c.folder) for c in plans))
         assert isinstance(found, list)
         return fit_compute(zip((c.plan.module("schedule") for c in plans), found, strict=True))

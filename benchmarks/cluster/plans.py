@@ -107,6 +107,19 @@ class Case:
     folder: Path
 
 
+def whole(programs: dict[str, Program], world: int, file: Path, out: Path) -> Iterator[Case]:
+    """For each model the plan for a cluster whose network is too slow for any transfer: each rank
+    computes everything.
+
+    Args:
+        file: the description of such a cluster.
+    """
+    for name, program in programs.items():
+        plan = plan_program(program, str(file), str(world), Options(**_OPTIONS), lambda _: None)
+        plan.save(out / name)
+        yield Case(name, "whole", plan, out / name)
+
+
 def meshes(world: int) -> list[str]:
     """Flat, and square where there is a square."""
     return [str(world)] + (["2x2"] if world == 4 else [])

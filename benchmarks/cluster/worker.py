@@ -24,8 +24,8 @@ from weft.runtime.artifact import Artifact
 from weft.runtime.comm import COMMUNICATION, Comm
 from weft.runtime.program import Program
 
-#: seconds of a loop; loops, of which the median counts; steps that are traced
-_LOOP_S, _LOOPS, _TRACED = 0.25, 3, 5
+#: seconds of a loop; loops, of which the median counts; least and most steps that are traced
+_LOOP_S, _LOOPS, _TRACED = 0.25, 3, (5, 60)
 
 
 class Steps:
@@ -47,21 +47,25 @@ class Steps:
     def __call__(self) -> None:
         self.program.step(*self.inputs, lr=self.rates)
 
-    def seconds(self) -> float:
-        """Time of a step on the slowest rank."""
+    def _count(self, least: int, most: int) -> int:
+        """Steps of a loop, the same on all ranks."""
         self()
         start = time.perf_counter()
         self()
         took = max(time.perf_counter() - start, 1e-6)
-        count = torch.tensor([max(1, min(200, round(_LOOP_S / took)))])
+        count = torch.tensor([max(least, min(most, round(_LOOP_S / took)))])
         dist.broadcast(count, 0)
-        found = []
+        return int(count)
+
+    def seconds(self) -> float:
+        """Time of a step on the slowest rank."""
+        count, found = self._count(1, 200), []
         for _ in range(_LOOPS):
             self.comm.barrier()
             start = time.perf_counter()
-            for _ in range(int(count)):
+            for _ in range(count):
                 self()
-            found.append((time.perf_counter() - start) / int(count))
+            found.append((time.perf_counter() - start) / count)
         slowest = torch.tensor([statistics.median(found)], dtype=torch.float64)
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
         return float(slowest)
@@ -69,10 +73,11 @@ class Steps:
     def local_us(self) -> dict[str, float]:
         """Median time of each action that does not communicate."""
         ops = self.module.entry.ops
-        for _ in range(2):
+        count = self._count(*_TRACED)
+        for _ in range(count):  # as warm as in a loop
             self()
         with self.program.tracing() as trace:
-            for _ in range(_TRACED):
+            for _ in range(count):
                 self()
         times: dict[int, list[float]] = defaultdict(list)
         for event in trace.all_events():

@@ -18,7 +18,7 @@ from weft.costmodel.collectives import (
     spread_of,
     volume,
 )
-from weft.costmodel.collectives_gloo import GlooCosts, Place, gloo_costs
+from weft.costmodel.collectives_gloo import GlooCosts, Place, far_share, gloo_costs
 from weft.costmodel.collectives_model import Sample, collective_model, dump, read
 from weft.costmodel.collectives_prior import START, Prior, columns
 from weft.costmodel.collectives_query import (
@@ -28,6 +28,7 @@ from weft.costmodel.collectives_query import (
     TIMINGS,
     Query,
     fabric_of,
+    network_of,
 )
 from weft.costmodel.devices import DEVICES
 from weft.ir.errors import CompileError
@@ -222,3 +223,46 @@ def test_the_residual_is_bounded() -> None:
     prior = Prior(model.weights.parameters)(columns(asked))
     ratio = np.exp(model.raw(asked)) / prior
     assert ratio.max() <= 2.0 and ratio.min() >= 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "network"),
+    [("NVLink4-NVSwitch+EFAv2", "efa"), ("NVLink4-NVSwitch+GPUDirect-TCPXO", "tcp"),
+     ("NVLink4-NVSwitch+IB", "ib"), ("PCIe4", "ib")],
+)  # fmt: skip
+def test_descriptions_name_networks(text: str, network: str) -> None:
+    assert network_of(text) == network
+
+
+def test_more_hosts_than_were_measured_are_less_certain_and_take_longer() -> None:
+    model = collective_model()
+    spans = [model.estimate(replace(H100, ranks=ranks, net_gb_per_s=50.0)) for ranks in (16, 32, 512)]
+    factors = [span.high_us / span.low_us for span in spans]
+    assert factors[0] <= factors[1] == pytest.approx(factors[2])
+    assert spans[0].time_us < spans[1].time_us < spans[2].time_us
+    assert model.level(replace(H100, ranks=32)) == "new"
+
+
+def test_what_is_known_less_has_no_narrower_interval() -> None:
+    spans = collective_model().weights.spans
+    for group, found in spans.items():
+        words, level = group.rsplit(" ", 1)
+        if level != "known":
+            assert found >= spans[f"{words} {'known' if level == 'kin' else 'kin'}"] > 0
+
+
+def test_eight_hosts_reach_what_their_network_carries() -> None:
+    """64 H100 over 400 Gbit/s each: nccl-tests of published clusters report a bus bandwidth of 300 to
+    480 GB/s for an all_reduce of 8 GB."""
+    size = 2.0**33
+    found = collective_model().time_us(replace(H100, bytes=size, ranks=64, net_gb_per_s=50.0))
+    assert 250 < 2 * 63 / 64 * size / found / 1e3 < 480
+
+
+def test_ranks_of_a_host_share_what_leaves_it() -> None:
+    costs = gloo_costs()
+    apart, together = Place(4, 1, 1.25e8, 1e-3, 2.0), Place(4, 2, 1.25e8, 1e-3, 2.0)
+    assert far_share("all_gather", apart) == 1 and far_share("all_gather", together) == 0.5
+    assert far_share("all_to_all", together) == pytest.approx(2 / 3)
+    times = [costs.time_us("all_gather", 2**20, place) for place in (together, apart)]
+    assert times[0] < times[1]
