@@ -60,9 +60,10 @@ def mark_stops(module: GraphModule) -> None:
 
 
 def _stop_at(node: Node) -> None:
-    """Turn a `detach` into a marker, or mark its uses where it is written through."""
+    """Turn a `detach` into a marker, or mark its uses where its memory is written."""
     views = _views(node)
-    if not any(_writes(user, view) for view in views for user in view.users):
+    shared = _views(_origin(node))
+    if not any(_writes(user, view) for view in shared for user in view.users):
         node.target = _STOP
         return
     for view in views:
@@ -93,6 +94,18 @@ def _arguments(node: Node, of: Node) -> Iterator[Any]:
 
 def _writes(node: Node, value: Node) -> bool:
     return any(a.alias_info is not None and a.alias_info.is_write for a in _arguments(node, value))
+
+
+def _origin(node: Node) -> Node:
+    """The value whose memory a view shows."""
+    while True:
+        sources = [
+            value for value in node.all_input_nodes
+            if any(a.alias_info is not None for a in _arguments(node, value))
+        ]  # fmt: skip
+        if not sources:
+            return node
+        node = sources[0]
 
 
 def _views(node: Node) -> dict[Node, None]:

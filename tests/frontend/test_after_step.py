@@ -33,8 +33,13 @@ def returns_a_parameter(model: Any, optimizer: torch.optim.Optimizer, x: Tensor)
     return _trained(model, optimizer, x), {"weight": model[0].weight}
 
 
+def returns_an_earlier_view(model: Any, optimizer: torch.optim.Optimizer, x: Tensor) -> Any:
+    view = model[0].weight.detach().t()
+    return _trained(model, optimizer, x), view
+
+
 def reads_an_earlier_view(model: Any, optimizer: torch.optim.Optimizer, x: Tensor) -> Any:
-    views = [p.view(-1) for p in model.parameters()]
+    views = [p.detach().view(-1) for p in model.parameters()]
     loss = _trained(model, optimizer, x)
     return loss, torch.cat(views).norm()
 
@@ -69,7 +74,7 @@ def asks_for_shapes(model: Any, optimizer: torch.optim.Optimizer, x: Tensor) -> 
 
 STEPS: tuple[tuple[Step, bool], ...] = (
     (reads_nothing, False), (asks_for_shapes, False), (returns_a_parameter, True),
-    (reads_an_earlier_view, True), (evaluates, True), (changes_gradients, True),
+    (returns_an_earlier_view, True), (reads_an_earlier_view, True), (evaluates, True), (changes_gradients, True),
     (changes_parameters, True),
 )  # fmt: skip
 
