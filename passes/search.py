@@ -22,15 +22,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
+import numpy as np
+
 from ..costmodel.cluster import Cluster
+from ..costmodel.estimate import VIEWS, launch_of, op_time_us
 from ..ir.errors import CompileError
 from ..ir.module import Module, Op
+from ..ir.types import Mesh
 from .apply import apply_phased
 from .constraints import Constraints
 from .micro import LOOP, time_split
 from .place import MEMORY_SHARE, PlacementResult, search_mesh
-from .place_states import states_of
-from .search_costs import UnitCosts, unit_costs
+from .search_costs import Array, UnitCosts, unit_costs
 from .search_cuts import Block, Cut, Cutter, Part
 from .search_evaluate import Pipeline, evaluate
 from .search_layouts import Layout, layouts_of, part_of
@@ -113,6 +116,7 @@ class _Search:
         self.misfit: Pipeline | None = None
         self.evaluated = 0
         self.fastest = inf  #: step of the layout at hand, whether it fits or not
+        self.alone: Array | None = None  #: see `_alone_us`
         self.given, self.finalists = layouts, finalists
         whole = time_split(module, 1)
         self.units = units_of(whole)
@@ -203,14 +207,16 @@ class _Search:
 
         With work w_s of stage s per micro-batch, a step takes at least m w_s + w_0 + ... + w_(s-1)
         for each s. Over all w of sum W the largest of them is least where all are equal, which is
-        W / (1 - (1 - 1/m)^p).
+        W / (1 - (1 - 1/m)^p). W has each op of the whole batch on one device, in as many parts as
+        there are ranks and micro-batches: parts of an op are together no faster than the op.
         """
+        if self.alone is None:
+            self.alone = _alone_us(self._program(1), self.short.of, self.cluster)
+        least_us = launch_of(layout.cluster)
         bounds = []
         for micro in self._micros(layout):
-            program = self._program(micro)
-            least = _least_us(program, layout, self.short.of)
-            share = 1 - (1 - 1 / micro) ** layout.stages
-            bounds.append(least / share)
+            work = np.maximum(self.alone / (layout.ranks * micro), least_us).sum()
+            bounds.append(float(work) / (1 - (1 - 1 / micro) ** layout.stages))
         return min(bounds, default=inf)
 
     # -- one layout -----------------------------------------------------------------------------
@@ -483,26 +489,27 @@ def _over(plan: Pipeline) -> float:
     return max(stage.peak_bytes - stage.memory_bytes for stage in plan.stages)
 
 
-def _least_us(program: _Program, layout: Layout, of: Sequence[int]) -> float:
-    """Sum of the least times of the whole program's forward and backward ops on a layout's mesh."""
+def _alone_us(program: _Program, of: Sequence[int], cluster: Cluster) -> Array:
+    """Times of the whole program's forward and backward ops on one device; views left out."""
     module = program.module
-    functions: dict[str, float] = {}
+    functions: dict[str, list[float]] = {}
 
-    def least(op: Op) -> float:
+    def times(op: Op) -> list[float]:
         if op.name != "call":
-            options = states_of(op, layout.mesh, layout.cluster)
-            return min(state.time_us for state in options)
+            return [] if op.name in VIEWS else [op_time_us(op, (), Mesh(), cluster)]
         name = str(op.attrs["callee"])
         if name not in functions:
-            functions[name] = sum(map(least, module.function(name).ops))
+            functions[name] = [t for inner in module.function(name).ops for t in times(inner)]
         return functions[name]
 
-    by_unit = [0.0] * program.units
+    by_unit: list[list[float]] = [[] for _ in range(program.units)]
     for op, phase in zip(module.entry.ops, program.phases, strict=True):
         unit = program.unit_of.get(op.results[0].name, -1)
         if phase in LOOP and unit >= 0:
-            by_unit[unit] += least(op)
-    return sum(by_unit[unit] for unit in of)
+            by_unit[unit] += times(op)
+    flat = [time_us for unit in of for time_us in by_unit[unit] if time_us > 0]
+    return np.array(flat, dtype=np.float64)
+
 
 
 __all__ = [
