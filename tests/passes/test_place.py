@@ -263,7 +263,7 @@ def test_a_transformer_is_placed_exactly_and_priced_as_promised(text: str) -> No
 
 
 def test_a_transformer_on_four_cpu_ranks_uses_all_of_them_and_shards_its_states() -> None:
-    module = llama_step(layers=2, **SMALL)
+    module = llama_step(layers=2, **{**SMALL, "batch": 64})
     result = search(module, CPU)
     heavy = [op for _, op in result.placed.walk()
              if op.name in ("einsum", "attention", "attention_backward")]  # fmt: skip
