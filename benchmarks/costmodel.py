@@ -23,19 +23,18 @@ def main() -> int:
     parser = arguments(__doc__, "kernels only")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR")
     parser.add_argument(
-        "--retrain", action="store_true", help="train small networks without the judged rows"
+        "--retrain", action="store_true", help="judge networks that are trained without the rows"
     )
-    parser.add_argument("--steps", type=int, default=1500, help="of each network of --retrain")
-    parser.add_argument("--tables", default="gemm,attention,moe,eltwise,conv,collectives",
-                        help="of --retrain")  # fmt: skip
+    parser.add_argument("--steps", type=int, help="of --retrain; without, those of the shipped weights")
+    parser.add_argument("--work", type=Path, default=Path("kernels.work"), help="networks of --retrain")
+    parser.add_argument("--tables", default="gemm,attention,moe,eltwise,conv", help="of --retrain")
     options = parser.parse_args()
     if options.retrain:
-        from collective_held_out import held_out  # minutes
         from costmodel_retrain import retrained  # needs torch for minutes
 
-        names = options.tables.split(",")
-        rows = retrained(options.data, [n for n in names if n != "collectives"], options.steps)
-        rows += held_out(options.data) if "collectives" in names else []
+        rows = retrained(
+            options.data, options.tables.split(","), options.steps, options.work
+        )
     else:
         rows = costmodel_kernels.rows(options.data)
         if not options.quick:

@@ -90,7 +90,7 @@ def _of_table(name: str, table: Table, model: Model) -> list[Row]:
         found = model.estimates(chosen.batch)
         out += Judged.of(found, chosen.time_us).rows(f"{name} {split}", target, against)
         if name == "gemm" and "seen" in split:
-            out += _of_one_impl(chosen, found, split)
+            out += of_one_impl(chosen, found, split, CONFIG[name])
         known = np.array([d in adapters for d in chosen.text["device"]])
         if known.any():
             out += _after(name, split, chosen.take(np.flatnonzero(known)), adapters)
@@ -106,18 +106,24 @@ def _target(name: str, split: str) -> tuple[float | None, str]:
     return (None, "all formats and implementations") if name == "gemm" else CONFIG[name]
 
 
-def _of_one_impl(table: Table, found: Estimates, split: str) -> list[Row]:
-    """bf16 products of each implementation and device, the mean over these."""
+def of_one_impl(
+    table: Table, found: Estimates, title: str, target: tuple[float | None, str]
+) -> list[Row]:
+    """bf16 products of each implementation and device by device, and the mean over these."""
     error = 100 * np.abs(found.time_us / table.time_us - 1)
-    bf16 = table.text["dtype"] == "bfloat16"
-    pairs = np.array(
-        [f"{d} {i}" for d, i in zip(table.text["device"], table.text["impl"], strict=True)]
-    )
-    means = [float(error[bf16 & (pairs == pair)].mean()) for pair in dict.fromkeys(pairs[bf16])]
-    if not means:
-        return []
-    return [Row(f"gemm {split}: MAPE, bf16, one implementation, mean of {len(means)}",
-                float(np.mean(means)), "%", *CONFIG["gemm"])]  # fmt: skip
+    bf16 = (table.text["dtype"] == "bfloat16") & (table.text["timing"] == "cudagraph")
+    device, impl = table.text["device"], table.text["impl"]
+    out, means = [], []
+    for name in dict.fromkeys(device[bf16]):
+        own = bf16 & (device == name)
+        each = [float(error[own & (impl == one)].mean()) for one in dict.fromkeys(impl[own])]
+        means += each
+        text = f"gemm {title}: MAPE, bf16, {name}, mean of {len(each)} implementations"
+        out.append(Row(text, float(np.mean(each)), "%", *target))
+    if means:
+        text = f"gemm {title}: MAPE, bf16, mean of {len(means)} implementations and devices"
+        out.append(Row(text, float(np.mean(means)), "%", *target))
+    return out
 
 
 def _adapters(table: Table, splits: np.ndarray, model: Model) -> dict[str, Adapter]:

@@ -1,8 +1,9 @@
-"""Rows held back from networks that this run trains: configurations, large shapes, devices.
+"""Rows held back from networks that are trained for it: configurations, large shapes, devices.
 
-Networks are short and single, so the errors are above those of the shipped weights; what matters is how
-they compare with each other and between versions of the model. Coverage uses half of the held-out
-rows, by their configuration, to set the intervals, and judges the other half.
+The networks are those from which `train_costmodel.py` takes its intervals; with its `--work` folder
+they are there already. Coverage is judged where it was not set: of unseen configurations and large
+shapes one half sets the intervals and the other is judged, and the widths for a device come from
+the others that were left out.
 """
 
 from __future__ import annotations
@@ -12,84 +13,113 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from costmodel_data import Table, read_table
-from costmodel_kernels import AFTER, CONFIG, MOST_SAMPLES, TARGETS, Judged
-from costmodel_splits import config, device, large
+from costmodel_data import read_table
+from costmodel_kernels import AFTER, CONFIG, MOST_SAMPLES, TARGETS, Judged, of_one_impl
+from costmodel_splits import config
+from numpy.typing import NDArray
 from rows import Row
-from train_costmodel import Fit, clusters_of, fit_intervals, residuals, train_table
+from train_costmodel import (
+    Held,
+    Work,
+    fit_intervals,
+    hardness_of,
+    on_devices,
+    planned,
+    quantiles_of,
+)
 
 from weft.costmodel.kernel_fewshot import adapt
 from weft.costmodel.kernel_interval import CONFIG as CONFIG_CASE
 from weft.costmodel.kernel_interval import FAR, LARGE, SIBLING
-from weft.costmodel.kernel_model import Estimates, Family, Model, shipped
+from weft.costmodel.kernel_model import Family, Model
 from weft.costmodel.kernel_net import Net
 
+Mask = NDArray[np.bool_]
 
-def retrained(folder: Path, names: Sequence[str], steps: int) -> list[Row]:
-    """Rows of the report, table by table."""
+#: rows of a device that are judged
+MOST_JUDGED = 5000
+
+
+def retrained(folder: Path, names: Sequence[str], steps: int | None, work: Path) -> list[Row]:
+    """Rows of the report, table by table; `steps` of a final network, without them as shipped."""
     out: list[Row] = []
+    work.mkdir(exist_ok=True)
     for name in names:
         table = read_table(folder, name)
         if table is not None:
-            out += _shapes(name, table, steps) + _devices(name, table, steps)
+            training = Work(name, table, work, planned(name, steps))
+            held = training.held_out()
+            out += _shapes(training, held) + _devices(training, held)
     return out
 
 
-def _shapes(name: str, table: Table, steps: int) -> list[Row]:
+def _shapes(training: Work, held: Held) -> list[Row]:
     """Unseen configurations and larger shapes."""
-    unseen, big = config(table), large(table)
-    net = train_table(table, np.flatnonzero(~(unseen | big)), Fit(steps=steps))
+    name, table = training.name, training.table
+    *_, nets = training.without_shapes()
     half = config(table, seed=1, share=0.5)
-    values = residuals(table, net)
-    held = {CONFIG_CASE: (unseen & ~big & half, values), LARGE: (big & half, values)}
-    model = _model(table, net, held)
+    set_by = {**held, **{case: (held[case][0] & half, held[case][1]) for case in (CONFIG_CASE, LARGE)}}
+    family = Family(nets, fit_intervals(table, set_by, nets[0]))
+    model = Model({table.batch.family: family}, {})
     out = []
-    for case, rows in (("unseen", unseen & ~big & ~half), ("large", big & ~half)):
-        judged = _judge(table, rows, model.estimates(table.take(np.flatnonzero(rows)).batch))
-        target = TARGETS[2][1:] if case == "large" else CONFIG[name]
-        out += judged.rows(f"{name} {case}", *target)
+    for case, title in ((CONFIG_CASE, "unseen"), (LARGE, "large")):
+        own = table.take(np.flatnonzero(held[case][0] & ~half))
+        found = model.estimates(own.batch)
+        target = TARGETS[2][1:] if case == LARGE else CONFIG[name]
+        out += Judged.of(found, own.time_us).rows(f"{name} {title}", *target)
+        if name == "gemm":
+            out += of_one_impl(own, found, title, target)
     return out
 
 
-def _devices(name: str, table: Table, steps: int) -> list[Row]:
-    """Each device without its siblings, and one of each pair with the other kept."""
-    out = []
-    for group in clusters_of(table):
-        for siblings in (False, True) if len(group) > 1 else (True,):
-            chosen = group[0]
-            gone = device(table, chosen, siblings)
-            kept = np.flatnonzero(~gone)
-            rows = np.flatnonzero(device(table, chosen, False))
-            if len(kept) == 0 or len(rows) < 4 * MOST_SAMPLES:
-                continue
-            net = train_table(table, kept, Fit(steps=steps))
-            values = residuals(table, net)
-            model = _model(table, net, {CONFIG_CASE: (~gone, values)})
-            case = "far" if siblings else "sibling"
-            own = table.take(rows)
-            target = TARGETS[1][1:] if siblings else TARGETS[0][1:]
-            out += Judged.of(model.estimates(own.batch), own.time_us).rows(
-                f"{name} {case} {chosen}", *target
-            )
-            picks = np.random.default_rng(0).permutation(len(own))
-            few = own.take(picks[:MOST_SAMPLES])
-            rest = own.take(picks[MOST_SAMPLES:][:20000])
-            after = adapt(model, [(few.batch.compact(), few.time_us)]).estimates(rest.batch)
-            target = AFTER if siblings else (TARGETS[0][1], "must not hurt")
-            out += Judged.of(after, rest.time_us).rows(
-                f"{name} {case} {chosen}, with samples", *target
-            )
+def _devices(training: Work, held: Held) -> list[Row]:
+    """Each device without its siblings, and one of each cluster with the others known."""
+    out, table = [], training.table
+    for away, net in training.without_clusters():
+        judge = _Devices(training, held, net, FAR, [name for group in away for name in group])
+        for group in away:
+            for name in group:
+                out += judge.rows(name, on_devices(table, group))
+    names, net = training.without_siblings()
+    if net is not None:
+        judge = _Devices(training, held, net, SIBLING, names)
+        for name in names:
+            out += judge.rows(name, on_devices(table, [name]))
     return out
 
 
-def _judge(table: Table, rows: np.ndarray, found: Estimates) -> Judged:
-    return Judged.of(found, table.time_us[rows])
+class _Devices:
+    """Devices `gone` from the training of a network, judged as one case."""
 
+    def __init__(self, training: Work, held: Held, net: Net, case: str, gone: Sequence[str]) -> None:
+        self.training, self.case, self.net, self.held = training, case, net, held[case]
+        intervals = fit_intervals(training.table, held, net)
+        self.scale = hardness_of(training.table, held, net)[1]
+        self.intervals = replace(
+            intervals,
+            seen={k: v for k, v in intervals.seen.items() if v[0] not in gone},
+            devices={k: v for k, v in intervals.devices.items() if k not in gone},
+        )
 
-def _model(table: Table, net: Net, held: dict) -> Model:  # type: ignore[type-arg]
-    """A model of one family; cases without held-out rows have the widths of the shipped weights."""
-    family = table.batch.family
-    intervals = fit_intervals(table, held, net)
-    known = shipped().families[family].intervals.cases
-    cases = {**intervals.cases, **{c: known[c] for c in (LARGE, SIBLING, FAR) if c not in held}}
-    return Model({family: Family((net,), replace(intervals, cases=cases))}, {})
+    def rows(self, name: str, own_case: Mask) -> list[Row]:
+        """A device, without and with samples of it; widths are set by devices outside `own_case`."""
+        table = self.training.table
+        own = table.take(np.flatnonzero(on_devices(table, [name])))
+        if len(own) < 4 * MOST_SAMPLES:
+            return []
+        rows, values = self.held
+        others = rows & ~own_case
+        cases = dict(self.intervals.cases)
+        if others.any():
+            cases[self.case] = quantiles_of(table, self.case, others, values / self.scale)
+        family = Family((self.net,), replace(self.intervals, cases=cases))
+        model = Model({table.batch.family: family}, {})
+        picks = np.random.default_rng(0).permutation(len(own))
+        few, rest = own.take(picks[:MOST_SAMPLES]), own.take(picks[MOST_SAMPLES:][:MOST_JUDGED])
+        label = f"{self.training.name} {self.case} {name}"
+        far = self.case == FAR
+        target = TARGETS[1][1:] if far else TARGETS[0][1:]
+        out = Judged.of(model.estimates(rest.batch), rest.time_us).rows(label, *target)
+        after = adapt(model, [(few.batch.compact(), few.time_us)]).estimates(rest.batch)
+        target = AFTER if far else (TARGETS[0][1], "must not hurt")
+        return out + Judged.of(after, rest.time_us).rows(f"{label}, with samples", *target)

@@ -35,10 +35,10 @@ def config(table: Table, seed: int = 0, share: float = 0.2) -> Mask:
 
 
 def large(table: Table) -> Mask:
-    """Products above 2^36 multiply-adds; elsewhere the largest twelfth of each context by bound."""
+    """Products above 2^38 multiply-adds; elsewhere the largest twelfth of each context by bound."""
     if table.batch.family == "gemm":
         s = table.batch.sizes
-        return np.asarray(s["B"] * s["M"] * s["N"] * s["K"] > 2.0**36)
+        return np.asarray(s["B"] * s["M"] * s["N"] * s["K"] > 2.0**38)
     bound = table.batch.features().bound_us
     out = np.zeros(len(table), bool)
     for context in range(len(table.batch.contexts)):

@@ -59,7 +59,9 @@ class Context:
         if self.kv_dtype:
             out.append(f"kv={self.kv_dtype}")
         if self.impl:
-            out += [f"impl={self.impl}", f"framework={framework}"]
+            # other vendors' kernels share no more than the name
+            home = "" if self.device.vendor == "NVIDIA" else f"@{self.device.vendor}"
+            out += [f"impl={self.impl}{home}", f"framework={framework}{home}"]
             out += [f"has={word}" for word in _WORDS if word in kernel]
         if self.timing == "tuner_best":
             out.append(f"tuner={self.impl}")
@@ -91,21 +93,22 @@ def rates_of(contexts: Sequence[Context], index: NDArray[np.intp]) -> Rates:
 
 
 def numbers(context: Context) -> list[float]:
-    """Datasheet ratios of a context, all of order 1."""
+    """Datasheet ratios of a context, all of order 1: what a multiprocessor can do in a cycle.
+
+    Bandwidth, clock and number of multiprocessors are left out: they enter as times. So a device that
+    differs from a known one only there (H200 from H100) is computed as that one with other times.
+    """
     d, form = context.device, context.formats()
     clock = d.sms * d.boost_mhz * 1e6
     unit = d.peak_flops_per_s(form.unit)
     f16, f32 = d.peak_flops_per_s("f16"), d.f32 * 1e12
-    dram = d.mem_gbs * 1e9
     nvidia = d.vendor == "NVIDIA"
     log = np.log2
     return [
-        log(d.sms / 100), log(f16 / clock / 1024) / 2, log(f32 / clock / 256), log(unit / clock / 1024) / 2,
-        log(unit / f16), log(f16 / dram / 200) / 2, log(unit / dram / 200) / 2, log(f32 / dram / 20) / 2,
-        log(dram / 2e12), log(d.boost_mhz / 1700) * 2, log(d.l2_mb / 40) / 2, log(d.l2_mb / d.sms) / 2,
-        log(d.smem_kb / 128) if d.smem_kb else 0.0,
-        log(d.tdp_w * 1e9 / clock) / 2 if d.tdp_w else 0.0, log(unit / 4e14) / 2,
+        log(f16 / clock / 1024) / 2, log(f32 / clock / 256), log(unit / clock / 1024) / 2,
+        log(unit / f16), log(d.l2_mb / d.sms) / 2,
+        # mma, its asynchronous form of Hopper, and that of Blackwell; consumer parts of 12.x have mma
         float(nvidia and d.cc >= 7), float(nvidia and d.cc >= 8), float(nvidia and 9 <= d.cc < 12),
-        float(nvidia and 10 <= d.cc), float(d.vendor == "AMD"), float(d.vendor == "Intel"),
+        float(nvidia and 10 <= d.cc < 12), float(d.vendor == "AMD"), float(d.vendor == "Intel"),
         log(form.act), log(form.weight), log(form.out),
     ]  # fmt: skip

@@ -24,9 +24,10 @@ Sizes = Mapping[str, Column]
 
 #: below this a time is as good as nothing: kernels take a microsecond and more
 _LEAST_US = 0.05
-#: bound beyond which time grows in proportion to it: efficiency has settled after hundreds of waves.
-#: Times stop there as columns, and the bound's excess over it is a factor of the answer
-SETTLED_US = 1000.0
+#: bound beyond which time grows in proportion to it, 0.1 s: the longest kernels of most devices. Times
+#: stop there as columns, and the bound's excess over it is a factor of the answer. From 1 ms on, errors
+#: on larger shapes than seen are 3 (gemm) to 14 (attention) points higher: efficiency still changes
+SETTLED_US = 1e5
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def _mantissa(x: Column) -> Column:
 #: output tiles of matrix kernels, from skinny to the largest of Hopper and Blackwell
 _TILES = ((16, 64), (64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (256, 128), (256, 256))
 _SPLITS = (1, 2, 4, 8, 16)
+_MIB = 2**20 / 1e6
 
 
 def _matrix(
@@ -106,6 +108,19 @@ def _matrix(
     return columns, best
 
 
+def _uncached(w: Column, more: Column, r: Rates) -> list[Column]:
+    """Time to load w bytes of weights of which L2 keeps nothing, as far as it does not.
+
+    Benchmarks go round several copies of the weights, a fixed number or at most 5 that exceed L2. A
+    cache that is a little too small for a round keeps next to nothing of it. Doubling w never
+    makes a round smaller: 2 ceil(x / 2) >= ceil(x).
+    """
+    l2 = r.l2_bytes * _MIB
+    enough = w * np.clip(np.ceil(l2 / w), 1, 5)
+    rounds = (enough, enough + more, 6 * w, w)
+    return [_log(np.clip((size / l2 - 1.02) * 6, 0, 1) * w / r.dram, 0.2) for size in rounds]
+
+
 def gemm(x: Sizes, r: Rates) -> Features:
     """Products of B pairs [M, K] x [K, N]."""
     b, m, n, k = x["B"], x["M"], x["N"], x["K"]
@@ -124,6 +139,7 @@ def gemm(x: Sizes, r: Rates) -> Features:
         _log(a_us), _log(w_us), _log(o_us), _log(_ceil(k, 64) / r.clock * 64),
         np.log2(b), np.log2(m), np.log2(n), np.log2(k), np.log2(b * m * n), np.log2(_ceil(m, 16)),
         np.log2(_ceil(m, 64)), np.log2(m * k), np.log2(n * k),
+        *_uncached(b * n * k * r.weight, b * m * (k * r.act + n * r.out), r),
     ]  # fmt: skip
     return Features(
         np.stack(columns, 1), np.stack([_mantissa(m), _mantissa(n), _mantissa(k)], 1), bound

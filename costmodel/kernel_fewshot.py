@@ -2,12 +2,16 @@
 
     r = log2(measured / zero-shot)  at most 64 samples
     k(a, b) = s^2 [ all + op + near(a, b) (family + op) ] + noise^2 (a = b), op where the contexts agree
-    near    = exp(-mean of squared distances of the rising inputs / 2 l^2), 0 across families
+    near    = exp(-distance of the rising inputs / l), 0 across families
+    shift   = trust k(x, samples) K^-1 r
 
 The prior mean is 0, the zero-shot estimate: with no samples near, nothing changes, and with few,
 little does. The scale s is the one under which the samples are likeliest among a few, down to one as
-small as the noise, so that a device whose sibling is known is hardly touched (Rasmussen and Williams,
-Gaussian Processes for Machine Learning, 2006, 2.2 and 5.4).
+small as the noise (Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, 2.2 and 5.4).
+
+Each sample is also predicted from the others (ibid., 5.4.2). `trust` goes from 0 to 1 as that beats the
+zero-shot estimate by more than chance does, so a device whose sibling is known is not made worse; and
+the interval is as wide as those errors say.
 """
 
 from __future__ import annotations
@@ -25,12 +29,18 @@ from .kernel_query import Batch
 #: variances of the parts of the kernel in units of s^2, and the length scale in standard deviations of the
 #: rising inputs: the best of a grid over devices left out of training, see docs/costmodel.md
 SHARED, OF_OP, NEAR, NEAR_OF_OP = 0.25, 0.5, 0.75, 0.75
-LENGTH = 0.6
+LENGTH = 1.5
 #: standard deviation in log2 of what no sample tells: noise of the measurements (about 0.07), and
-#: the model's own roughness; of the grid, the value with 90 % coverage on devices left out
+#: the model's own roughness
 NOISE = 0.16
 #: candidates of s in log2 (3 % to a factor of 2)
 _SCALES = (0.04, 0.08, 0.15, 0.25, 0.4, 0.6, 0.9, 1.3)
+#: standard errors of the mean gain of the samples at which they are trusted wholly
+_SURE = 2.0
+#: samples from which on their errors set the width of intervals, and by how much at most
+_ENOUGH, _WIDTHS = 16, (0.6, 2.5)
+#: errors in log2 beyond this do not count for more: a measurement that went wrong
+_OUTLIER = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +50,10 @@ class Adapter:
     Attributes:
         model: the zero-shot model.
         points: per sample, family, names of its context, and place.
-        weights: K^-1 r.
+        weights: K^-1 r, times the trust.
         inverse: K^-1.
         scale: s.
+        widen: errors of samples predicted from the others, over what the process expects.
     """
 
     model: Model
@@ -52,6 +63,7 @@ class Adapter:
     weights: Array
     inverse: Array
     scale: float
+    widen: float
 
     def estimates(self, batch: Batch) -> Estimates:
         """Times and intervals of a batch."""
@@ -69,14 +81,15 @@ class Adapter:
         shift = cross @ self.weights
         prior = self.scale**2 * (SHARED + OF_OP + NEAR + NEAR_OF_OP)
         left = np.clip(prior - np.einsum("ij,jk,ik->i", cross, self.inverse, cross), 0.0, prior)
-        below, above = family.intervals.offsets(batch, family.members[0])
-        # what the samples leave open, never wider than with none of them
         width = 1.645 * np.sqrt(left + NOISE**2)
-        return Estimates(
-            rounded(centre + shift),
-            rounded(centre + shift - np.minimum(width, np.maximum(below, NOISE))),
-            rounded(centre + shift + np.minimum(width, np.maximum(above, NOISE))),
-        )
+        if list(self.families).count(batch.family) >= _ENOUGH:
+            low = high = self.widen * width
+        else:  # what the samples leave open, never wider than with none of them
+            below, above = family.intervals.offsets(batch, family.members[0])
+            low = np.minimum(width, np.maximum(below, NOISE))
+            high = np.minimum(width, np.maximum(above, NOISE))
+        found = centre + shift
+        return Estimates(rounded(found), rounded(found - low), rounded(found + high))
 
 
 def name_of(context: Context) -> tuple[str, ...]:
@@ -103,7 +116,7 @@ def _column(
     if batch.family != family:
         return np.full(len(places), SHARED)
     same = np.array([float(other == name) for other in names])[batch.index]
-    near = np.exp(-((places - at) ** 2).sum(1) / (2 * LENGTH**2))
+    near = np.exp(-np.sqrt(((places - at) ** 2).sum(1)) / LENGTH)
     return np.asarray(SHARED + OF_OP * same + near * (NEAR + NEAR_OF_OP * same))
 
 
@@ -139,4 +152,15 @@ def adapt(model: Model, samples: Sequence[tuple[Batch, Array]]) -> Adapter:
         if likelihood > best:
             best, chosen = likelihood, scale
     inverse = np.linalg.inv(chosen**2 * unit + NOISE**2 * np.eye(len(r)))
-    return Adapter(model, families, names, places, np.asarray(inverse @ r), np.asarray(inverse), chosen)
+    weights = inverse @ r
+    alone = weights / np.diag(inverse)
+    gain = np.minimum(np.abs(r), _OUTLIER) - np.minimum(np.abs(alone), _OUTLIER)
+    error = gain.std() / np.sqrt(len(r)) + 1e-9
+    trust = float(np.clip(gain.mean() / (_SURE * error), 0.0, 1.0)) if len(r) > 1 else 0.0
+    widen = 1.0
+    if len(r) >= _ENOUGH:
+        reach = np.quantile(np.abs(alone) * np.sqrt(np.diag(inverse)), 0.9) / 1.645
+        widen = float(np.clip(reach, *_WIDTHS))
+    return Adapter(
+        model, families, names, places, np.asarray(trust * weights), np.asarray(inverse), chosen, widen
+    )

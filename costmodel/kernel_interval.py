@@ -60,7 +60,8 @@ class Intervals:
         most = np.array([self.seen.get(key(c), ("", np.inf))[1] for c in batch.contexts])
         low, high = quantiles[batch.index].T
         beyond = np.log2(features.bound_us) > most[batch.index] + _SLACK
-        large_low, large_high = self.cases[LARGE]
+        large = np.array([self.cases.get(larger(c), self.cases[LARGE]) for c in batch.contexts])
+        large_low, large_high = large[batch.index].T
         low, high = (
             np.where(beyond, np.minimum(low, large_low), low),
             np.where(beyond, np.maximum(high, large_high), high),
@@ -99,6 +100,11 @@ def key(context: Context) -> str:
     return "|".join((context.device.name, *context.tokens()[:3], context.kv_dtype, context.impl))
 
 
+def larger(context: Context) -> str:
+    """The case of sizes of a context that are larger than seen."""
+    return f"{LARGE}|{key(context)}"
+
+
 def place(features: Features, net: Net) -> Array:
     """Where a row is in the space of training: [rows, 1 + 2 r]."""
     a = net.arrays
@@ -120,9 +126,15 @@ def fit_hardness(
     return np.concatenate([[centre - mean @ slope], slope])
 
 
-def quantile_pair(scaled: Array) -> tuple[float, float]:
-    """Conformal q05 and q95: each the order statistic of (n + 1) x the level."""
+def quantile_pair(scaled: Array, weights: Array | None = None) -> tuple[float, float]:
+    """Conformal q05 and q95: each the order statistic of (n + 1) x the level.
+
+    With weights, that at a share of them all: devices count alike, however many rows they have.
+    """
+    order = np.argsort(scaled, kind="stable")
+    share = np.ones(len(scaled)) if weights is None else weights[order] / weights.mean()
+    below = np.cumsum(share)
     n = len(scaled)
-    ordered = np.sort(scaled)
-    low, high = int(np.floor(0.05 * (n + 1))) - 1, int(np.ceil(0.95 * (n + 1))) - 1
-    return float(ordered[max(low, 0)]), float(ordered[min(high, n - 1)])
+    low = int(np.searchsorted(below, 0.05 * (n + 1), "right")) - 1
+    high = int(np.searchsorted(below, 0.95 * (n + 1), "left"))
+    return float(scaled[order[max(low, 0)]]), float(scaled[order[min(high, n - 1)]])

@@ -21,12 +21,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..ir.errors import CompileError
+from .datasheet import datasheets
+from .kernel_context import Context
 from .kernel_interval import Intervals
 from .kernel_net import Array, Net
 from .kernel_query import Batch
+from .kernel_support import distance
 
 #: version of the layout of the weights file
-FORMAT = "weft-kernels-1"
+FORMAT = "weft-kernels-2"
+#: datasheet distance up to which a network of few devices is asked: within a generation (H100 and H200
+#: 0.7, L40S and RTX PRO 6000 1.5, A100 and A30 1.4; V100 and A100 2.2)
+_NEAR = 2.0
 #: a call of ATen on 64 elements takes 2.9 us on a server core
 CALL_US = 2.9
 
@@ -42,28 +48,44 @@ class Estimates:
 
 @dataclass(frozen=True)
 class Family:
-    """Ensemble and intervals of one family."""
+    """Ensemble and intervals of one family; the first member serves all contexts."""
 
     members: tuple[Net, ...]
     intervals: Intervals
 
     def log2_us(self, batch: Batch) -> Array:
         """Mean of the members' log2 times; on a processor the bound and the cost of a call."""
+        routes = [self.members_for(context) for context in batch.contexts]
+        if len(set(routes)) > 1:
+            out = np.empty(len(batch.index))
+            number = {route: i for i, route in enumerate(dict.fromkeys(routes))}
+            of_row = np.array([number[route] for route in routes])[batch.index]
+            for i in range(len(number)):
+                rows = np.flatnonzero(of_row == i)
+                if len(rows):
+                    out[rows] = self.log2_us(batch.take(rows).compact())
+            return out
         features = batch.features()
-        host = np.array([context.device.vendor == "CPU" for context in batch.contexts])
-        if host.any():
-            own = host[batch.index]
-            bound = np.log2(features.bound_us + CALL_US)
-            if own.all():
-                return np.asarray(bound)
-            rest = np.flatnonzero(~own)
-            bound[rest] = self.log2_us(batch.take(rest).compact())
-            return np.asarray(bound)
-        films = [net.films(batch.contexts) for net in self.members]
-        each = [
-            n.log2_us(features, f, batch.index) for n, f in zip(self.members, films, strict=True)
-        ]
+        if not routes[0]:
+            return np.asarray(np.log2(features.bound_us + CALL_US))
+        nets = [self.members[i] for i in routes[0]]
+        each = [n.log2_us(features, n.films(batch.contexts), batch.index) for n in nets]
         return np.asarray(sum(each[1:], each[0]) / len(each))
+
+    def members_for(self, context: Context) -> tuple[int, ...]:
+        """Members that estimate a context: those for its timing if its device is near theirs, else
+        those for all; none for a processor."""
+        if context.device.vendor == "CPU":
+            return ()
+        special = tuple(i for i, net in enumerate(self.members) if _is_for(net, context))
+        return special or tuple(i for i, net in enumerate(self.members) if not net.timing)
+
+
+def _is_for(net: Net, context: Context) -> bool:
+    if not net.timing or net.timing != context.timing:
+        return False
+    known = datasheets()
+    return any(distance(known[name], context.device) < _NEAR for name in net.devices)
 
 
 @dataclass(frozen=True)
@@ -113,10 +135,12 @@ def read_model(path: Path) -> Model:
     families = {}
     for name, entry in info["families"].items():
         members = []
-        for member in range(entry["members"]):
+        for member in range(len(entry["members"])):
             head = f"{name}.{member}."
             own = {k[len(head) :]: a.astype(float) for k, a in arrays.items() if k.startswith(head)}
-            members.append(Net(own, tuple(entry["vocabulary"]), entry["layers"]))
+            own_info = entry["members"][member]
+            words, devices = tuple(own_info["vocabulary"]), tuple(own_info["devices"])
+            members.append(Net(own, words, entry["layers"], own_info["timing"], devices))
         intervals = Intervals.from_json(
             entry["intervals"], arrays[f"{name}.hardness"].astype(float)
         )
@@ -134,8 +158,12 @@ def write_model(path: Path, families: Mapping[str, Family], info: Mapping[str, o
                 arrays[f"{name}.{member}.{key}"] = np.ascontiguousarray(array, np.float32)
         arrays[f"{name}.hardness"] = family.intervals.hardness.astype(np.float32)
         first = family.members[0]
-        table[name] = {"members": len(family.members), "vocabulary": first.vocabulary,
-                       "layers": first.layers, "intervals": family.intervals.to_json()}  # fmt: skip
+        members = [
+            {"vocabulary": n.vocabulary, "timing": n.timing, "devices": n.devices}
+            for n in family.members
+        ]
+        table[name] = {"members": members, "layers": first.layers,
+                       "intervals": family.intervals.to_json()}  # fmt: skip
     text = json.dumps({"format": FORMAT, **info, "families": table}, sort_keys=True)
     partial = path.with_suffix(".partial")
     save_file(arrays, partial, {"weft": text})

@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,14 +28,22 @@ from .kernel_features import SETTLED_US, Features
 Array = NDArray[np.float64]
 
 _WEIGHT, _INPUT, _HIDDEN = 2.0**14, 2.0**10, 2.0**12
+#: no activation is larger
+_FREE = 1e9
 
 
-def act(x: Any, lib: Any) -> Any:
-    """The activation, for numpy or torch."""
-    third = x.shape[-1] // 3
-    parts = (lib.clip(x[..., :third], 0, None), lib.clip(x[..., third : 2 * third], None, 0),
-             lib.clip(x[..., 2 * third :], -1, 1))  # fmt: skip
-    return lib.concatenate(parts, -1)
+def limits(width: int) -> tuple[Array, Array]:
+    """Least and most that each unit of a layer passes on: max(x, 0), min(x, 0), clip(x, -1, 1)."""
+    third = width // 3
+    low, high = np.full(width, -_FREE), np.full(width, _FREE)
+    low[:third], high[third : 2 * third] = 0.0, 0.0
+    low[2 * third :], high[2 * third :] = -1.0, 1.0
+    return low, high
+
+
+def settled(bound_us: Array) -> Array:
+    """log2 of what a bound has beyond SETTLED_US."""
+    return np.asarray(np.log2(np.maximum(bound_us / SETTLED_US, 1.0)))
 
 
 def _grid(x: Array, step: float) -> Array:
@@ -55,11 +62,15 @@ class Net:
         arrays: weights by name, see `fold`.
         vocabulary: tokens in the order of the rows of `tok`.
         layers: number of hidden layers.
+        timing: the mode of timing that it was trained for; '' for all.
+        devices: those of its training; only kept where `timing` is given.
     """
 
     arrays: Mapping[str, Array]
     vocabulary: tuple[str, ...]
     layers: int
+    timing: str = ""
+    devices: tuple[str, ...] = ()
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
@@ -101,10 +112,9 @@ class Net:
             film = films[layer][index]
             width = film.shape[1] // 2
             hidden = (hidden @ a[f"w.{layer}"]) * film[:, :width] + film[:, width:]
-            hidden = _grid(act(hidden + free @ a[f"f.{layer}"], np), _HIDDEN)
+            hidden = _grid(np.clip(hidden + free @ a[f"f.{layer}"], *limits(width)), _HIDDEN)
             total = total + hidden @ a[f"s.{layer + 1}"]
-        extra = np.log2(np.maximum(features.bound_us / SETTLED_US, 1.0))
-        return np.asarray(total + _grid(extra, _HIDDEN))
+        return np.asarray(total + _grid(settled(features.bound_us), _HIDDEN))
 
 
 def fold(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,10 @@ class Batch:
 
     def features(self) -> Features:
         """The model's view of the rows."""
+        return self._features
+
+    @cached_property
+    def _features(self) -> Features:
         return FAMILIES[self.family](self.sizes, rates_of(self.contexts, self.index))
 
     def take(self, rows: NDArray[np.intp]) -> Batch:

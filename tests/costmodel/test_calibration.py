@@ -63,6 +63,21 @@ def test_one_wild_sample_does_not_move_what_is_far_from_it() -> None:
     assert np.abs(moved - 1).max() < 0.03
 
 
+def test_samples_that_confirm_the_model_leave_it_alone() -> None:
+    rng = np.random.default_rng(0)
+    batch, _ = batch_of(FAR, [s for s in candidates(FAR, 1e4) if s.family == "gemm"])
+    chosen = np.sort(rng.permutation(len(batch.index))[:64])
+    expected = shipped().centre_us(batch)
+    few = batch.take(chosen).compact()
+    noise = np.exp2(0.05 * rng.normal(size=len(expected)))
+    found = adapt(shipped(), [(few, (expected * noise)[chosen])]).estimates(batch)
+    assert np.abs(found.time_us / expected - 1).max() < 0.03
+    inside = (found.low_us <= expected * noise) & (expected * noise <= found.high_us)
+    assert inside.mean() > 0.9
+    # and the interval becomes as narrow as the errors are
+    assert np.median(found.high_us / found.low_us) < 1.6
+
+
 def test_a_file_reads_back_and_is_applied_to_a_cluster(tmp_path: Path) -> None:
     found, path = measured(1.2, 8, "cpu"), tmp_path / "deep" / "here.json"
     write_calibration(found, path)
