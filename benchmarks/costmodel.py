@@ -27,14 +27,17 @@ def main() -> int:
     )
     parser.add_argument("--steps", type=int, help="of --retrain; without, those of the shipped weights")
     parser.add_argument("--work", type=Path, default=Path("kernels.work"), help="networks of --retrain")
-    parser.add_argument("--tables", default="gemm,attention,moe,eltwise,conv", help="of --retrain")
+    parser.add_argument("--tables", default="gemm,attention,moe,eltwise,conv,collectives",
+                        help="of --retrain")  # fmt: skip
     options = parser.parse_args()
     if options.retrain:
+        from collective_held_out import held_out  # minutes
         from costmodel_retrain import retrained  # needs torch for minutes
 
-        rows = retrained(
-            options.data, options.tables.split(","), options.steps, options.work
-        )
+        names = options.tables.split(",")
+        kernels = [n for n in names if n != "collectives"]
+        rows = retrained(options.data, kernels, options.steps, options.work)
+        rows += held_out(options.data) if "collectives" in names else []
     else:
         rows = costmodel_kernels.rows(options.data)
         if not options.quick:
