@@ -23,7 +23,7 @@ from weft.costmodel.cluster import parse_cluster  # noqa: E402
 from weft.ir.types import Mesh  # noqa: E402
 from weft.passes.place import search_mesh  # noqa: E402
 
-MOST = 200_000
+MOST = 50_000
 MESHES = ((2,), (4,), (2, 2), (2, 2, 2))
 CLUSTERS = ("2x4:cpu", "2x4:h100", "1x8:a100")
 
