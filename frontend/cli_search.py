@@ -24,7 +24,7 @@ def search_command(
     target: str, cluster: str, train: str, budget: str, stages: int | None, micro: int | None,
     order: str, no_recompute: bool, constraints: str,
 ) -> None:
-    """Search the fastest plan of TARGET (module:factory) and show what it was chosen over."""
+    """Search stages, micro-batches and placements of TARGET together, and say what lost."""
     from .load_target import load_target  # torch takes seconds to load, help needs none
     from .searching import search_target
 
