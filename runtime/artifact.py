@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from ..ir.errors import RunError
 from ..ir.module import Module
 from ..ir.parser import parse_module
+from ..ir.verify import verify
 
 #: raised when the layout of the folder or the meaning of a file changes
 FORMAT = 1
@@ -118,7 +119,10 @@ class Artifact:
         return [self.path / name for name in self.info["dumps"]]
 
     def module(self, dump: str | Path | None = None) -> Module:
-        """The module of one dump; the last one, the schedule, by default."""
+        """The module of one dump; the last one, the schedule, by default.
+
+        Raises RunError W0701 where it cannot be read, CompileError where it is no valid program.
+        """
         path = Path(dump) if dump is not None else self.dumps[-1]
         try:
             text = path.read_text(encoding="utf-8")
@@ -127,6 +131,7 @@ class Artifact:
         module = parse_module(text, str(path))
         if not module.functions:
             raise RunError("W0701", f"{path} holds no program", reason="no function", hint=_AGAIN)
+        verify(module)
         return module
 
     def schedules(self) -> list[Module]:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from weft.frontend.artifact import ArtifactWriter, check_target
 from weft.ir.errors import CompileError, RunError
-from weft.ir.module import Function, Module
+from weft.ir.module import Function, Module, Op
 from weft.ir.text import print_module
 from weft.runtime.artifact import FORMAT, Artifact, content_hash, file_hash, plan_hash
 
@@ -73,6 +73,16 @@ def test_what_is_no_path_is_refused(path: Any) -> None:
     with pytest.raises(RunError, match="must be the path") as error:
         Artifact.open(path)
     assert error.value.code == "W1001"
+
+
+def test_a_program_that_calls_what_it_does_not_have_is_refused(tmp_path: Path) -> None:
+    """Hashes say that a file is as it was written, not that a plan made it."""
+    call = Op("call", (), (), {"callee": "gone"})
+    with ArtifactWriter(tmp_path / "out") as writer:
+        writer.text("ir/00-trace.weft", print_module(Module("logical", (Function("main", (), (call,), ()),))))
+        writer.commit(INFO)
+    with pytest.raises(CompileError, match="no function @gone"):
+        Artifact.open(tmp_path / "out").module()
 
 
 def test_what_was_written_is_read_back(tmp_path: Path) -> None:
