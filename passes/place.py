@@ -201,7 +201,8 @@ class Place(Pass):
         cluster: shorthand or TOML path; the module's attribute `cluster` by default.
         mesh: axis sizes as `2x2`, or with names `dp=2,tp=2`, the only candidate; all default
             meshes by default.
-        limit_s: time limit of the search on one mesh.
+        limit_s: seconds after which the best so far is taken, for each mesh and price of memory; what
+            is found later is mostly the proof.
         constraints: what the placement must obey, as `constraints.Constraints` reads it.
         gap: relative gap to the lower bound at which the search of a large program stops (about
             five transformer blocks or more; smaller ones are solved to the end). 0 proves the
@@ -218,7 +219,7 @@ class Place(Pass):
 
     cluster: str = ""
     mesh: str = ""
-    limit_s: float = 60.0
+    limit_s: float = 10.0
     constraints: str = ""
     gap: float = 0.01
     cache: Path | None = None
