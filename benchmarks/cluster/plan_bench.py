@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from hosts import Hosts, Topology, missing
-from plan_models import EXAMPLES, made, step
+from rival_models import EXAMPLES, made, step
 from rows import Row, arguments, finish, show
 
 import weft

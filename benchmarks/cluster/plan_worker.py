@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from plan_models import made
+from rival_models import made
 from rivals import rivals
 from torch import Tensor
 
