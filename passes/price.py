@@ -67,7 +67,7 @@ def price(
     mesh = module.mesh
     if mesh is None or module.level != "placed":
         raise CompileError("W0201", f"a {module.level} module has no price: it must be placed")
-    pricer = _Pricer(module, mesh, cluster)
+    pricer = Pricer(module, mesh, cluster)
     compute_us = reshard_us = 0.0
     phase_us: dict[str, float] = {}
     for index, op in enumerate(module.entry.ops):
@@ -104,7 +104,7 @@ def _saved(module: Module, mesh: Mesh, phases: Sequence[str]) -> int:
     return sum(size[name] for name in late if name)
 
 
-class _Pricer:
+class Pricer:
     """Times of ops, once for equal functions."""
 
     def __init__(self, module: Module, mesh: Mesh, cluster: Cluster) -> None:

@@ -14,14 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..costmodel.cluster import Cluster
-from ..costmodel.collectives import collective_cost
-from ..costmodel.estimate import op_time_us
 from ..ir.module import Function, Module, Op, Value
 from ..ir.types import Mesh, local_bytes
 from .micro import LOOP
 from .place_model import PERSISTENT
-from .price import function_peak
-from .reshard import reshard_cost_us
+from .price import Pricer, function_peak
 
 Array = NDArray[np.float64]
 
@@ -82,33 +79,12 @@ class UnitCosts:
         )  # fmt: skip
 
 
-class _Pricer:
-    """Times of ops and functions of a placed module, each function once."""
+class _Pricer(Pricer):
+    """Times and bytes of ops of a placed module, each function once."""
 
     def __init__(self, module: Module, cluster: Cluster) -> None:
-        self.module, self.cluster = module, cluster
-        self.mesh = module.mesh or Mesh()
-        self.cost = collective_cost(cluster, self.mesh)
-        self.functions: dict[str, tuple[float, float]] = {}
+        super().__init__(module, module.mesh or Mesh(), cluster)
         self.peaks: dict[str, int] = {}
-
-    def time_us(self, op: Op) -> tuple[float, float]:
-        """(time, of it collectives) of an op, a reshard or a call."""
-        if op.name == "call":
-            name = str(op.attrs["callee"])
-            if name not in self.functions:
-                inner = [self.time_us(op) for op in self.module.function(name).ops]
-                self.functions[name] = sum(t for t, _ in inner), sum(m for _, m in inner)
-            return self.functions[name]
-        if op.name == "reshard":
-            source, target = op.operands[0].type, op.result.type
-            assert source.placement is not None and target.placement is not None
-            time_us = reshard_cost_us(
-                source, self.mesh, source.placement, target.placement, self.cost
-            )
-            return time_us, time_us
-        states = tuple(op.split.get(axis, "") for axis in self.mesh.names)
-        return op_time_us(op, states, self.mesh, self.cluster), 0.0
 
     def peak_bytes(self, op: Op) -> float:
         """What an op holds while it runs: its results, or what its callee does at most."""
@@ -177,7 +153,8 @@ class _Reader:
             phase, unit = self._home(op)
             if unit < 0:
                 continue
-            own, moves = self.pricer.time_us(op)
+            computed, moves = self.pricer.op_us(op)
+            own = computed + moves
             times[phase if phase in LOOP else "update"][unit] += own
             moved[phase if phase in LOOP else "update"][unit] += moves
             if phase in LOOP:
