@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from ..ir.errors import CompileError
 from .calls import refuse_empty
 from .driver import Program, Progress, plan_program
-from .load_target import Target, is_train_step
+from .load_target import Target, is_train_step, target_of
 from .logs import configure
 from .options import OPTIONS, Options, expect
 from .plan import Plan
@@ -54,19 +53,12 @@ def plan(
 
     Raises CompileError; an exception of the program itself passes through.
     """
-    if not callable(model):
-        expect(model, (torch.nn.Module, FunctionType), "what is planned")
-    expect(example_inputs, (Mapping, Sequence), "example_inputs")
+    target = target_of(model, example_inputs)
     expect(optimizer, str, "optimizer")
     expect(options, Options, "options")
     chosen = {"stages": stages, "micro": micro, "order": order, "chunks": chunks,
               "budget": budget}  # fmt: skip
     options = options.with_({name: value for name, value in chosen.items() if value is not None})
-    keywords = isinstance(example_inputs, Mapping)
-    args = () if keywords else tuple(example_inputs)
-    kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
-    name = getattr(model, "__qualname__", type(model).__qualname__)
-    target = Target(name, model, args, kwargs)
     return plan_target(
         target, cluster=cluster, train=optimizer, mesh=mesh, options=options, hyper=hyper
     )
@@ -98,7 +90,7 @@ def trace_target(target: Target, train: str, hyper: Mapping[str, Any]) -> Progra
     """Trace a module, a function or a train step; `train` names an optimizer, or is empty."""
     program, args, kwargs = target.program, target.args, target.kwargs
     tensors = flatten((args, kwargs))[0]
-    refuse_empty(input_names(program, args, kwargs), [tuple(t.shape) for t in tensors])
+    refuse_empty(input_names(program, args, kwargs), [tuple(t.shape) for t in tensors], target.span)
     if is_train_step(program, args):
         model, optimizer, *batch = args
         if train and type(optimizer).__name__.lower() != train.lower():

@@ -6,14 +6,17 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from types import FunctionType
 from typing import Any
 
 import torch
 
-from ..ir.errors import CompileError
+from ..ir.errors import CompileError, Span
+from .locate import caller_span
+from .options import expect
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,25 @@ class Target:
         name: `module:factory`.
         program: a module, a plain function, or a train-step function.
         args, kwargs: its example inputs.
+        span: the user's line that names them, where it is Python that asks.
     """
 
     name: str
     program: Any
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    span: Span | None = None
+
+
+def target_of(model: Any, example_inputs: Sequence[Any] | Mapping[str, Any]) -> Target:
+    """What the user's Python asks for. Raises CompileError W1001 for what is no program or inputs."""
+    if not callable(model):
+        expect(model, (torch.nn.Module, FunctionType), "what is planned")
+    expect(example_inputs, (Mapping, Sequence), "example_inputs")
+    name = getattr(model, "__qualname__", type(model).__qualname__)
+    if isinstance(example_inputs, Mapping):
+        return Target(name, model, (), dict(example_inputs), caller_span())
+    return Target(name, model, tuple(example_inputs), {}, caller_span())
 
 
 def is_train_step(program: Any, args: tuple[Any, ...]) -> bool:

@@ -14,7 +14,7 @@ from ..passes.orders import ORDERS
 from ..passes.search import SearchResult, Wishes
 from .api import trace_target
 from .driver import Program, Progress, logical, plan_program
-from .load_target import Target
+from .load_target import Target, target_of
 from .options import OPTIONS, Options
 from .plan import Plan
 from .searched import Searched, searched, seconds_of
@@ -82,12 +82,8 @@ def search(
 
     Raises CompileError: W0402 where nothing fits, W0404 where the wishes cannot be met.
     """
-    keywords = isinstance(example_inputs, Mapping)
-    args = () if keywords else tuple(example_inputs)
-    kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
-    name = getattr(model, "__qualname__", type(model).__qualname__)
     return search_target(
-        Target(name, model, args, kwargs), cluster=cluster, train=optimizer, budget=budget,
+        target_of(model, example_inputs), cluster=cluster, train=optimizer, budget=budget,
         stages=stages, micro=micro, order=order, recompute=recompute, constraints=constraints,
         options=options, hyper=hyper,
     )  # fmt: skip

@@ -252,3 +252,11 @@ def test_a_parameter_that_is_changed_in_the_forward_is_refused_or_followed() -> 
             assert torch.equal(ours.weight, theirs.weight)
         except CompileError as error:
             assert has_a_way_out(error)
+
+
+@pytest.mark.parametrize("ask", [weft.plan, weft.search])
+def test_a_plan_for_an_empty_batch_is_refused_at_the_users_line(ask: Any) -> None:
+    with pytest.raises(CompileError, match="no elements") as caught:
+        ask(nn.Linear(4, 4), (torch.ones(0, 4),), cluster="1x2:cpu")
+    assert caught.value.code == "W0302" and caught.value.span is not None
+    assert caught.value.span.file == __file__
