@@ -4,7 +4,8 @@ A pipeline is an order of slots for each stage, and the times of its chunks (a s
 model; several a stage where stages are virtual). Nothing of a program is needed, so that a search
 evaluates thousands of pipelines at once: all times may carry further dims in front, one pipeline
 each, and only the loop over slots is Python. What comes out is what the event simulator gives for
-the same slots; see `tests/costmodel/test_pipeline.py`.
+the same slots where each boundary has a link of its own and no stage waits for its sends; where
+transfers meet at a stage's ports it is less (`tests/costmodel/test_pipeline.py`).
 """
 
 from __future__ import annotations

@@ -24,9 +24,12 @@ def one_f_one_b(stage: int, stages: int, micro: int) -> Order:
 
 
 class Writer:
-    """Writes one stage. Receives are asked for one ahead, sends waited for one behind."""
+    """Writes one stage. Receives are asked for `ahead` transfers ahead, sends waited for as many
+    behind; without `ahead` at the begin and at the end, so that no transfer holds up a stage that
+    has work."""
 
-    def __init__(self, mesh: Mesh, rows: int) -> None:
+    def __init__(self, mesh: Mesh, rows: int, ahead: int | None = 1) -> None:
+        self.ahead = ahead
         self.type = TensorType("f32", (rows, 4), (S(0),) * min(1, len(mesh.axes)))
         if len(mesh.axes) > 1:
             self.type = self.type.placed((S(0), *([B] * (len(mesh.axes) - 1))))
@@ -43,8 +46,10 @@ class Writer:
         asked: dict[tuple[str, int], Value] = {}
         sent: list[Value] = []
         kept: dict[int, Value] = {}
+        ahead = len(order) if self.ahead is None else self.ahead
         for kind, k in order:
-            later = arrives[arrives.index((kind, k)) :][:2] if (kind, k) in arrives else arrives[:1]
+            now = arrives.index((kind, k)) + 1 if (kind, k) in arrives else 0
+            later = arrives[max(0, now - 1) : now + ahead]
             for item in later:
                 if item not in asked:
                     source = stage - 1 if item[0] == "F" else stage + 1
@@ -54,7 +59,7 @@ class Writer:
             given = x
             if (kind, k) in arrives:
                 given = self.add("wait", (asked[kind, k],), f"got{kind}{k}")
-            while len(sent) > 1:
+            while len(sent) > ahead:
                 old = sent.pop(0)
                 self.add("wait", (old,), f"{old.name}.done")
             if kind == "F":
@@ -71,10 +76,12 @@ class Writer:
         return function.with_(ops=tuple(add_frees(function, self.ops)))
 
 
-def pipeline(order: str, stages: int, micro: int, mesh: Mesh, rows: int = 8) -> list[Module]:
-    """The modules of all stages, scheduled by `GPipe` or `1F1B`."""
+def pipeline(
+    order: str, stages: int, micro: int, mesh: Mesh, rows: int = 8, ahead: int | None = 1
+) -> list[Module]:
+    """The modules of all stages, scheduled by `GPipe` or `1F1B`; see `Writer` for `ahead`."""
     plan = {"GPipe": gpipe, "1F1B": one_f_one_b}[order]
     return [
-        Module("schedule", (Writer(mesh, rows).stage(i, stages, plan(i, stages, micro)),), mesh)
+        Module("schedule", (Writer(mesh, rows, ahead).stage(i, stages, plan(i, stages, micro)),), mesh)
         for i in range(stages)
     ]

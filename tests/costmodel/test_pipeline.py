@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tests.costmodel.pipelines import gpipe, one_f_one_b, pipeline
 from tests.costmodel.simulate_costs import Fixed
 
+from weft.costmodel import simulate_engine
 from weft.costmodel.cluster import parse_cluster
 from weft.costmodel.pipeline import (
     ChunkTimes,
@@ -65,19 +66,26 @@ class ByStage(Fixed):
 durations = st.integers(20, 100).map(float)
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.data(), st.sampled_from(sorted(ORDERS)), st.integers(2, 5), st.integers(1, 6), st.integers(0, 4))
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.sampled_from(sorted(ORDERS)), st.integers(2, 5), st.integers(1, 6), st.integers(0, 200))
 def test_equal_to_the_event_simulator(data: st.DataObject, name: str, stages: int, micro: int, send: int) -> None:
     forward = data.draw(st.lists(durations, min_size=stages, max_size=stages))
     backward = data.draw(st.lists(durations, min_size=stages, max_size=stages))
-    modules = pipeline(name, stages, micro, Mesh((("dp", 1),)))
+    modules = pipeline(name, stages, micro, Mesh((("dp", 1),)), ahead=None)
     stage_of = {id(op): s for s, module in enumerate(modules) for op in module.entry.ops}
     costs = ByStage(stage_of, forward, backward, float(send))
-    found = simulate(
-        modules, parse_cluster(f"1x{stages}:h100"), settings=Settings(), costs=costs, symmetric=False
-    )
-    own = step_us(slots_of(name, stages, micro), times(forward, backward, float(send)))
-    assert float(own) == pytest.approx(found.step_us)
+
+    def replayed() -> float:
+        return simulate(
+            modules, parse_cluster(f"1x{stages}:h100"), settings=Settings(), costs=costs, symmetric=False
+        ).step_us
+
+    own = float(step_us(slots_of(name, stages, micro), times(forward, backward, float(send))))
+    with pytest.MonkeyPatch.context() as patch:  # a link for each boundary and direction
+        patch.setattr(simulate_engine, "fair_rates", lambda uses, weights, caps: list(caps))
+        assert own == pytest.approx(replayed())
+    # a stage's transfers share its ports: what meets there takes longer
+    assert own <= replayed() * (1 + 1e-9)
 
 
 @settings(max_examples=200, deadline=None)
