@@ -11,8 +11,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import re
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,36 +21,20 @@ from types import ModuleType
 
 from ..ir.errors import CompileError
 from . import interp
+from .binary import Resources, hip_resources, resources
 from .source import KernelSource
 
 #: raised when what is compiled, or how it is stored in the cache, changes
-_FORMAT = 1
-#: threads of a warp on every CUDA device
-_WARP = 32
+_FORMAT = 2
+#: threads of a warp: on every CUDA device, on AMD's CDNA
+_WARP = {"cuda": 32, "hip": 64}
 #: kernels that are compiled at the same time; more only wait for each other's Python
 _MOST_THREADS = 4
-#: cuobjdump answers in well under a second
-_TOOL_TIMEOUT_S = 30
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What a compiled kernel needs.
-
-    Attributes:
-        registers: per thread.
-        spill_bytes: stack and local memory per thread: registers that did not fit.
-        shared_bytes: shared memory per program.
-    """
-
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
 
 
 @dataclass(frozen=True)
 class Binary:
-    """A compiled kernel: the bytes of its cubin, the name of its entry, and what it needs."""
+    """A compiled kernel: its cubin (or hsaco), the name of its entry, and what it needs."""
 
     cubin: bytes
     entry: str
@@ -81,9 +63,10 @@ def compile_kernels(
     LLVM and ptxas, which take most of the time, run beside the Python of other kernels.
     """
     jobs = [
-        _Job(s.text, dict(s.signature), dict(s.constants), target, tuple(s.aligned), s.warps)
+        _Job(s.text, dict(s.signature), dict(s.constants), target, tuple(s.aligned), s.warps,
+             s.stages)
         for s in sources
-    ]
+    ]  # fmt: skip
     return _compile_all(jobs, cache)
 
 
@@ -95,6 +78,7 @@ def compile_cubin(
     *,
     aligned: Sequence[str] = (),
     warps: int = 4,
+    stages: int = 0,
     cache: Path | None = None,
 ) -> Binary:
     """Compile the function `kernel` of a Triton source.
@@ -104,14 +88,15 @@ def compile_cubin(
         signature: Triton type of each argument, in order, constants excluded. Pointers are taken
             to be 16-byte aligned, as torch's allocations are.
         constants: values of the `tl.constexpr` arguments.
-        target: `cuda:<compute capability>`, such as `cuda:90`.
+        target: `cuda:<compute capability>`, such as `cuda:90`, or `hip:gfx942`.
         aligned: integer arguments that are multiples of 16.
         warps: warps of a program.
+        stages: tiles of a loop that are on their way at the same time; 0 is Triton's default.
         cache: folder of binaries made before; None keeps nothing.
 
     Raises CompileError W0901.
     """
-    job = _Job(text, dict(signature), dict(constants), target, tuple(aligned), warps)
+    job = _Job(text, dict(signature), dict(constants), target, tuple(aligned), warps, stages)
     (found,) = _compile_all([job], cache)
     if isinstance(found, CompileError):
         raise found
@@ -159,6 +144,7 @@ class _Job:
     target: str
     aligned: tuple[str, ...]
     warps: int
+    stages: int
 
     def key(self) -> str:
         """Name of the cache entry."""
@@ -167,7 +153,7 @@ class _Job:
         # the order of the arguments matters, so this is a list of pairs and not an object
         signature, constants = list(self.signature.items()), list(self.constants.items())
         content = [_FORMAT, triton.__version__, self.text, signature, constants, self.target,
-                   self.aligned, self.warps]  # fmt: skip
+                   self.aligned, self.warps, self.stages]  # fmt: skip
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -201,11 +187,12 @@ def _compile(job: _Job, folder: Path) -> Binary:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    backend, _, capability = job.target.partition(":")
-    if backend != "cuda" or not capability.isdigit():
+    backend, _, architecture = job.target.partition(":")
+    known = architecture.isdigit() if backend == "cuda" else architecture.startswith("gfx9")
+    if backend not in _WARP or not known:
         raise CompileError(
             "W0901", f"there is no code generator for {job.target}",
-            hint="targets are cuda:70 and up",
+            hint="targets are cuda:70 and up, and hip:gfx942",
         )  # fmt: skip
     kinds = {**job.signature, **dict.fromkeys(job.constants, "constexpr")}
     attrs = {
@@ -216,16 +203,22 @@ def _compile(job: _Job, folder: Path) -> Binary:
     function = _load(job.text, folder).kernel
     try:
         ast = ASTSource(function, kinds, constexprs=dict(job.constants), attrs=attrs)
-        target = GPUTarget(backend, int(capability), _WARP)
-        compiled = triton.compile(ast, target=target, options={"num_warps": job.warps})
-        cubin: bytes = compiled.asm["cubin"]
+        named: int | str = int(architecture) if backend == "cuda" else architecture
+        target = GPUTarget(backend, named, _WARP[backend])
+        options = {"num_warps": job.warps}
+        if job.stages:
+            options["num_stages"] = job.stages
+        compiled = triton.compile(ast, target=target, options=options)
     except (triton.TritonError, RuntimeError, ValueError, TypeError) as error:
         raise CompileError(
             "W0901", f"Triton cannot compile a kernel for {job.target}", reason=str(error),
             hint="the plan runs ATen in its place",
         ) from error  # fmt: skip
-    shared = int(compiled.metadata.shared)
-    return Binary(cubin, str(compiled.metadata.name), _resources(cubin, shared, folder))
+    shared, entry = int(compiled.metadata.shared), str(compiled.metadata.name)
+    if backend == "hip":
+        return Binary(compiled.asm["hsaco"], entry, hip_resources(compiled.asm["amdgcn"], shared))
+    cubin: bytes = compiled.asm["cubin"]
+    return Binary(cubin, entry, resources(cubin, shared, folder))
 
 
 @contextmanager
@@ -253,33 +246,6 @@ def _load(text: str, folder: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def _resources(cubin: bytes, shared: int, folder: Path) -> Resources:
-    """Read registers and stack from a cubin with the `cuobjdump` that comes with Triton."""
-    tool = _cuobjdump()
-    path = folder / "kernel.cubin"
-    path.write_bytes(cubin)
-    if tool is not None:
-        run = subprocess.run(
-            [tool, "-res-usage", str(path)], capture_output=True, text=True,
-            timeout=_TOOL_TIMEOUT_S, check=False,
-        )  # fmt: skip
-        match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", run.stdout + run.stderr)
-        if match:
-            registers, stack, local = map(int, match.groups())
-            return Resources(registers, stack + local, shared)
-    raise CompileError(
-        "W0901", "the resources of a kernel cannot be read", reason="cuobjdump gave no answer",
-        hint="reinstall Triton: its wheel holds the tool",
-    )  # fmt: skip
-
-
-def _cuobjdump() -> str | None:
-    import triton
-
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return str(path) if path.is_file() else None
 
 
 __all__ = [

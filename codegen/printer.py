@@ -59,7 +59,54 @@ def _exact_in_f32(value: Number) -> bool:
         return False
 
 
-class Body:
+class Printer:
+    """Prints expressions: each node once, into a name. `leaf` says what a load, an index or a
+    reduction is."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def emit(self, node: Node) -> str:
+        """Print what computes a node, once; returns its name, or its text where it is a number."""
+        raise NotImplementedError
+
+    def leaf(self, node: Node) -> tuple[str, str]:
+        """(stem of the name, text) of a node that depends on the kernel's loops."""
+        raise NotImplementedError
+
+    def _name(self, stem: str) -> str:
+        # one counter for the whole kernel: Triton forbids a name to change its type across a loop
+        self.count += 1
+        return f"{stem}_{self.count}"
+
+    def _text(self, node: Node) -> tuple[str, str]:
+        if node.op == "cast":
+            return "cast", f"{self.emit(node.args[0])}.to({TL[node.dtype]})"
+        if node.op == "round":
+            narrow = TL[str(node.data[0])]
+            return "round", f"{self.emit(node.args[0])}.to({narrow}).to({TL[node.dtype]})"
+        if node.op not in SOURCES:
+            return self.leaf(node)
+        source = SOURCES[node.op]
+        if node.op in ("maximum", "minimum") and not node.dtype.startswith("f"):
+            source = source.replace(", propagate_nan=tl.PropagateNan.ALL", "")
+        return node.op, source.format(*(self._operand(node, i) for i in range(len(node.args))))
+
+    def _operand(self, node: Node, position: int) -> str:
+        """An operand's text; a number that would lose its dtype is written as a tensor."""
+        arg = node.args[position]
+        if arg.op != "const":
+            return self.emit(arg)
+        text = number(arg.data[0], arg.dtype)  # type: ignore[arg-type]
+        values = node.args[1:] if node.op == "where" else node.args
+        alone = all(other.op == "const" for other in values)
+        inexact = arg.dtype == "f64" and not _exact_in_f32(arg.data[0])  # type: ignore[arg-type]
+        if alone or (inexact and node.op not in _OPERATORS):
+            return f"tl.full([], {text}, {TL[arg.dtype]})"
+        return text
+
+
+class Body(Printer):
     """Prints the body of one kernel.
 
     `lines` is the text so far. Where there is a loop, `inner` are the lines of the one under
@@ -67,6 +114,7 @@ class Body:
     """
 
     def __init__(self, kernel: Kernel, layout: Layout) -> None:
+        super().__init__()
         self.kernel, self.layout = kernel, layout
         self.values = {name: value for name, value in kernel.params}
         self.lines: list[str] = []
@@ -74,7 +122,6 @@ class Body:
         self.axis = "rows" if layout.strips else "column"
         self.outer_memo: dict[int, str] = {}
         self.inner_memo: dict[int, str] = {}
-        self.count = 0
 
     def print(self) -> list[str]:
         """The lines of the body."""
@@ -208,11 +255,6 @@ class Body:
 
     # ---- expressions ----
 
-    def _name(self, stem: str) -> str:
-        # one counter for the whole kernel: Triton forbids a name to change its type across a loop
-        self.count += 1
-        return f"{stem}_{self.count}"
-
     def emit(self, node: Node) -> str:
         """Print what computes a node, once; returns its name, or its text where it is a number."""
         if node.op == "const":
@@ -230,7 +272,8 @@ class Body:
             memo[id(node)] = name
         return memo[id(node)]
 
-    def _text(self, node: Node) -> tuple[str, str]:
+    def leaf(self, node: Node) -> tuple[str, str]:
+        """See `Printer`."""
         if node.op == "load":
             return str(node.data[0]), self._load(node)
         if node.op == "column":
@@ -238,33 +281,10 @@ class Body:
         if node.op == "row":
             group = next(g for g, dims in enumerate(self.layout.groups) if node.data[0] in dims)
             return "at", f"row_{group}.to(tl.int32)"
-        if node.op == "cast":
-            return "cast", f"{self.emit(node.args[0])}.to({TL[node.dtype]})"
-        if node.op == "round":
-            narrow = TL[str(node.data[0])]
-            return "round", f"{self.emit(node.args[0])}.to({narrow}).to({TL[node.dtype]})"
-        if node.op == "reduce":
-            kind, length = str(node.data[0]), int(node.data[1])
-            start = number(neutral(kind, node.dtype), node.dtype)
-            x = f"tl.where({self._in_columns(0, length)}, {self._operand(node, 0)}, {start})"
-            return kind, f"tl.{kind}({x}, axis=1, keep_dims=True)"
-        source = SOURCES[node.op]
-        if node.op in ("maximum", "minimum") and not node.dtype.startswith("f"):
-            source = source.replace(", propagate_nan=tl.PropagateNan.ALL", "")
-        return node.op, source.format(*(self._operand(node, i) for i in range(len(node.args))))
-
-    def _operand(self, node: Node, position: int) -> str:
-        """An operand's text; a number that would lose its dtype is written as a tensor."""
-        arg = node.args[position]
-        if arg.op != "const":
-            return self.emit(arg)
-        text = number(arg.data[0], arg.dtype)  # type: ignore[arg-type]
-        values = node.args[1:] if node.op == "where" else node.args
-        alone = all(other.op == "const" for other in values)
-        inexact = arg.dtype == "f64" and not _exact_in_f32(arg.data[0])  # type: ignore[arg-type]
-        if alone or (inexact and node.op not in _OPERATORS):
-            return f"tl.full([], {text}, {TL[arg.dtype]})"
-        return text
+        kind, length = str(node.data[0]), int(node.data[1])
+        start = number(neutral(kind, node.dtype), node.dtype)
+        x = f"tl.where({self._in_columns(0, length)}, {self._operand(node, 0)}, {start})"
+        return kind, f"tl.{kind}({x}, axis=1, keep_dims=True)"
 
     # ---- memory ----
 

@@ -42,6 +42,7 @@ class KernelSource:
         kind: see `Layout`.
         bytes_moved: bytes that it reads and writes on the global shapes.
         bytes_unfused: the same when every op of it is a kernel of its own.
+        stages: tiles of a loop that are on their way at the same time; 0 is Triton's default.
     """
 
     name: str
@@ -53,6 +54,7 @@ class KernelSource:
     kind: str
     bytes_moved: int
     bytes_unfused: int
+    stages: int = 0
 
 
 def generate(
