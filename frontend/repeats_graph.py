@@ -15,7 +15,8 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from .repeats import AGAIN, CLOSE, OPEN, Record, Repeats
+from .repeats import Record, Repeats
+from .repeats_markers import AGAIN, CLOSE, OPEN
 
 _AS_STRIDED = "aten.as_strided"
 
