@@ -1,35 +1,34 @@
-"""Coalesce: gradients that are small next to a collective's start-up time are reduced together.
+"""Coalesce: collectives that are small next to their start-up time are done together.
 
 A collective costs a start-up time and a time per byte. Two of them cost the start-up twice; joined,
 once. What is joined waits for the last of its members, so only as much is joined as keeps the
 start-up small, and only where no member's result is read before the last member is there: for
-gradients the readers are the updates at the end of a step. Data-parallel training in torch does the
-same with buckets of a fixed size (Li et al., PyTorch Distributed, VLDB 2020).
+gradients the readers are the updates at the end of a step, parameters are there from its beginning.
+Data-parallel training in torch does the same with buckets of a fixed size (Li et al., PyTorch
+Distributed, VLDB 2020).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from math import prod
-from typing import ClassVar
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
-from ..ir.module import Function, Module, Namer, Op, Value
-from ..ir.types import DTYPES, B, Mesh, Placement, TensorType
+from ..ir.module import Function, Module, Namer, Op
+from ..ir.types import Mesh, local_bytes
 from .base import Pass
+from .coalesce_form import Form, Former, form_of
+from .joined import STARTUPS, bucket_bytes, is_small
 from .lower import module_cost
 from .reshard import StepCost
 
-#: A bucket takes so many bytes that its transfer lasts so many start-ups: from there on more saves
-#: less than 1 / 8 of the time, and less of it could overlap with the backward.
-STARTUPS = 8
-#: sizes from which the line through a collective's times is taken, in bytes
-_EMPTY, _FULL = 4, 1 << 24
+#: (collective, axis) -> bytes that a bucket takes
+Limits = Mapping[tuple[str, str], float]
 
 
 @dataclass(frozen=True)
 class Coalesce(Pass):
-    """Small all_reduces of the entry that nothing reads in between become one.
+    """Small collectives of the entry that nothing reads in between become one.
 
     before:  %g = all_reduce(%dw) {axis = "dp"} : f32[8, 4]{B}
              %h = all_reduce(%db) {axis = "dp"} : f32[4]{B}
@@ -40,145 +39,145 @@ class Coalesce(Pass):
              %g = reshape(%part) : f32[8, 4]{B}
              %h = slice(%sum) {dim = 0, start = 32, stop = 36} : f32[4]{B}
 
-    Members have the same dtype and placements and are whole on the other axes: shards of a dim do
-    not lie behind each other in a flat tensor.
+    So are reduce_scatters and all_gathers, whose members take a form with their parts in front
+    (`coalesce_form`). Members have the same dtype, and are split into as many parts by the same axes.
+    Uneven shards are left alone.
     """
 
     name: ClassVar[str] = "coalesce"
-    summary: ClassVar[str] = "small reductions of gradients are joined"
+    summary: ClassVar[str] = "small collectives of gradients and parameters are joined"
     levels: ClassVar[tuple[str, ...]] = ("spmd",)
 
     def run(self, module: Module) -> Module:
         """The module with fewer collectives."""
         mesh = module.mesh or Mesh()
-        cost = module_cost(module)
-        limits = {name: bucket_bytes(cost, size, name) for name, size in mesh.axes if size > 1}
-        entry = _Coalescing(module.entry, mesh, limits).run()
+        entry = coalesced(module.entry, mesh, limits_of(mesh, module_cost(module)))
         return module.with_(functions=(entry, *module.functions[1:]))
 
 
-def bucket_bytes(cost: StepCost, ranks: int, axis: str) -> float:
-    """How much is joined: `STARTUPS` times what moves in the time of a start-up."""
-    startup = cost("all_reduce", _EMPTY, ranks, axis)
-    per_byte = (cost("all_reduce", _FULL, ranks, axis) - startup) / _FULL
-    return STARTUPS * startup / per_byte if per_byte > 0 else 0.0
+def limits_of(mesh: Mesh, cost: StepCost) -> Limits:
+    """How much is joined, for each collective on each axis."""
+    return {
+        (name, axis): bucket_bytes(cost, name, size, axis)
+        for axis, size in mesh.axes if size > 1 for name in STARTUPS
+    }  # fmt: skip
+
+
+def coalesced(function: Function, mesh: Mesh, limits: Limits) -> Function:
+    """A function with buckets in the place of their members."""
+    work = _Coalescing(function, mesh, limits)
+    while work.round():
+        pass
+    return work.function
+
+
+class _Member(NamedTuple):
+    """A small collective: its place, bytes, form, and what it shares with what it is joined with."""
+
+    at: int
+    bytes: int
+    form: Form
+    key: object
+    ready: int  #: index of the op that makes its operand, -1 for a parameter
+    due: int  #: index of the first op that reads its result
 
 
 @dataclass
 class _Bucket:
-    """All_reduces to be joined, by index of their ops."""
+    """Members to be joined: behind the last one's operand, ahead of the first one's reader."""
 
-    members: list[int]
-    bytes: int
-    ready: int  #: index of the op that makes the last operand
-    due: int  #: index of the first op that reads a result
+    members: list[_Member]
+
+    def takes(self, member: _Member, limit: float) -> bool:
+        """Is there room and time for one more? It is not ready before the others."""
+        due = min(found.due for found in (*self.members, member))
+        held = sum(found.bytes for found in (*self.members, member))
+        return member.ready < due and held <= limit
 
 
 class _Coalescing:
-    """Works on one function."""
+    """Works on one function, in rounds: what reads a small collective's result waits for the next,
+    because a joined result is there later than its own would have been."""
 
-    def __init__(self, function: Function, mesh: Mesh, limits: dict[str, float]) -> None:
+    def __init__(self, function: Function, mesh: Mesh, limits: Limits) -> None:
         self.function, self.mesh, self.limits = function, mesh, limits
         names = [v.name for v in function.params] + [r.name for o in function.ops for r in o.results]
         self.namer = Namer(tuple(names))
+        self.done: set[str] = set()  #: results of collectives that earlier rounds saw
 
-    def run(self) -> Function:
-        """The function with buckets in the place of their members."""
+    def round(self) -> bool:
+        """Join what is not read by another small collective; False when all have been seen."""
+        members = self._members()
+        if not members:
+            return False
+        ops = self.function.ops
+        self.done.update(ops[member.at].results[0].name for member in members)
         behind: dict[int, list[Op]] = {}  # new ops, behind the op at an index
         gone: set[int] = set()
-        for bucket in self._buckets():
+        for bucket in self._buckets(members):
             if len(bucket.members) > 1:
-                gone.update(bucket.members)
-                behind.setdefault(bucket.ready, []).extend(self._joined(bucket))
-        if not gone:
-            return self.function
-        ops = list(behind.get(-1, ()))
-        for index, op in enumerate(self.function.ops):
+                gone.update(member.at for member in bucket.members)
+                out = behind.setdefault(bucket.members[-1].ready, [])
+                found = [(ops[member.at], member.form) for member in bucket.members]
+                Former(self.mesh, self.namer, out).join(found)
+        joined = list(behind.get(-1, ()))
+        for index, op in enumerate(ops):
             if index not in gone:
-                ops.append(op)
-            ops += behind.get(index, ())
-        return self.function.with_(ops=tuple(ops))
+                joined.append(op)
+            joined += behind.get(index, ())
+        self.function = self.function.with_(ops=tuple(joined))
+        return True
 
-    def _buckets(self) -> Iterator[_Bucket]:
+    def _members(self) -> list[_Member]:
+        """Small collectives whose operand no other one makes, in the order of their operands."""
         ops = self.function.ops
         made = {value.name: index for index, op in enumerate(ops) for value in op.results}
         due = {value.name: len(ops) for value in self.function.results}
         for index in reversed(range(len(ops))):
             due.update((value.name, index) for value in ops[index].operands)
-        found = [index for index, op in enumerate(ops) if self._small(op)]
-        found.sort(key=lambda index: made.get(ops[index].operands[0].name, -1))
+        small = {}
+        for index, op in enumerate(ops):
+            form = self._form(op)
+            if form is not None and op.results[0].name not in self.done:
+                small[op.results[0].name] = index, form
+        out = []
+        for name, (index, form) in small.items():
+            op = ops[index]
+            if op.operands[0].name not in small:
+                out.append(_Member(
+                    index, local_bytes(op.operands[0].type, self.mesh), form, self._key(op, form),
+                    made.get(op.operands[0].name, -1), due.get(name, len(ops)),
+                ))  # fmt: skip
+        return sorted(out, key=lambda member: member.ready)
+
+    def _form(self, op: Op) -> Form | None:
+        """The form in which an op can be joined with others; None where it cannot."""
+        if op.name not in STARTUPS or op.attrs.get("combine", "sum") != "sum":
+            return None
+        type, result = op.operands[0].type, op.results[0].type
+        if any(p.combine not in ("", "sum") for p in (*(type.placement or ()), *(result.placement or ()))):
+            return None
+        limit = self.limits.get((op.name, str(op.attrs["axis"])), 0.0)
+        return form_of(op, self.mesh) if is_small(local_bytes(type, self.mesh), limit) else None
+
+    def _key(self, op: Op, form: Form) -> object:
+        """What members of a bucket have in common."""
+        ends = (value.type.placement or () for value in (op.operands[0], op.results[0]))
+        return (op.name, op.attrs["axis"], op.operands[0].type.dtype, form.parts, *map(form.leading, ends))
+
+    def _buckets(self, members: list[_Member]) -> Iterator[_Bucket]:
         open: dict[object, _Bucket] = {}
-        for index in found:
-            op, type = ops[index], ops[index].operands[0].type
-            size = prod(type.shape) * DTYPES[type.dtype]
-            ready = made.get(op.operands[0].name, -1)
-            first = due.get(op.results[0].name, len(ops))
-            key = (op.attrs["axis"], type.dtype, type.placement)
-            bucket = open.get(key)
-            limit = self.limits[str(op.attrs["axis"])]
-            if bucket and ready < min(bucket.due, first) and bucket.bytes + size <= limit:
-                bucket.members.append(index)
-                bucket.bytes, bucket.ready = bucket.bytes + size, ready
-                bucket.due = min(bucket.due, first)
-            else:
-                if bucket:
-                    yield bucket
-                open[key] = _Bucket([index], size, ready, first)
+        for member in members:
+            op = self.function.ops[member.at]
+            bucket = open.get(member.key)
+            limit = self.limits[op.name, str(op.attrs["axis"])]
+            if bucket is not None and bucket.takes(member, limit):
+                bucket.members.append(member)
+                continue
+            if bucket is not None:
+                yield bucket
+            open[member.key] = _Bucket([member])
         yield from open.values()
 
-    def _small(self, op: Op) -> bool:
-        """May an op be joined with others?"""
-        if op.name != "all_reduce" or op.attrs.get("combine", "sum") != "sum":
-            return False
-        type, axis = op.operands[0].type, str(op.attrs["axis"])
-        split = any(placement.kind == "S" for placement in type.placement or ())
-        bytes = prod(type.shape) * DTYPES[type.dtype]
-        return not split and 0 < bytes <= self.limits.get(axis, 0.0) / 2
 
-    def _joined(self, bucket: _Bucket) -> list[Op]:
-        members = [self.function.ops[index] for index in bucket.members]
-        first, out = members[0], []  # type: Op, list[Op]
-        flat = [self._flat(op.operands[0], op, out) for op in members]
-        total = sum(value.type.shape[0] for value in flat)
-        held = _one_dim(first.operands[0].type, total)
-        summed = _one_dim(first.results[0].type, total)
-        joined, whole = Value(self.namer("bucket"), held), Value(self.namer("bucket_r"), summed)
-        split = self._partial(held, range(len(flat)))
-        out.append(Op("concat", tuple(flat), (joined,), {"dim": 0}, split, first.loc))
-        out.append(first.with_(operands=(joined,), results=(whole,)))
-        start = 0
-        for op, value in zip(members, flat, strict=True):
-            stop = start + value.type.shape[0]
-            self._part(whole, start, stop, op, out)
-            start = stop
-        return out
-
-    def _flat(self, value: Value, op: Op, out: list[Op]) -> Value:
-        """A value in one dim."""
-        type = value.type
-        if len(type.shape) == 1:
-            return value
-        flat = Value(self.namer(f"{value.name}_flat"), _one_dim(type, prod(type.shape)))
-        out.append(Op("reshape", (value,), (flat,), {}, self._partial(type, (0,)), op.loc))
-        return flat
-
-    def _part(self, whole: Value, start: int, stop: int, op: Op, out: list[Op]) -> None:
-        """A member's result, cut out of the sum of all."""
-        (result,), type = op.results, op.results[0].type
-        flat = len(type.shape) == 1
-        cut = result if flat else Value(self.namer("part"), _one_dim(type, stop - start))
-        attrs, split = {"dim": 0, "start": start, "stop": stop}, self._partial(type, (0,))
-        out.append(Op("slice", (whole,), (cut,), attrs, split, op.loc))
-        if not flat:
-            out.append(Op("reshape", (cut,), (result,), {}, split, op.loc))
-
-    def _partial(self, type: TensorType, operands: Sequence[int]) -> dict[str, str]:
-        """The split of an op that passes partial sums through."""
-        state = f"partial({', '.join(map(str, operands))})"
-        placements: tuple[Placement, ...] = type.placement or (B,) * len(self.mesh.axes)
-        pairs = zip(self.mesh.names, placements, strict=True)
-        return {axis: state for axis, placement in pairs if placement.kind == "P"}
-
-
-def _one_dim(type: TensorType, size: int) -> TensorType:
-    return replace(type, shape=(size,))
+__all__ = ["Coalesce", "Limits", "coalesced", "limits_of"]
