@@ -10,7 +10,10 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
 import os
+import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,27 +21,54 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
+from typing import Any
 
 from ..ir.errors import CompileError
+from ..runtime.cubin import BadCubin, read_cubin
 from . import interp
 from .binary import Resources, hip_resources, resources
 from .source import KernelSource
 
+log = logging.getLogger("weft.kernels")
+
 #: raised when what is compiled, or how it is stored in the cache, changes
-_FORMAT = 2
+_FORMAT = 3
 #: threads of a warp: on every CUDA device, on AMD's CDNA
 _WARP = {"cuda": 32, "hip": 64}
 #: kernels that are compiled at the same time; more only wait for each other's Python
 _MOST_THREADS = 4
+#: shared memory that one program may have: CUDA C++ programming guide, table of compute capabilities;
+#: the LDS of CDNA3 (its ISA reference, 2.3)
+SHARED_LIMITS = {
+    "cuda:70": 98304, "cuda:75": 65536, "cuda:80": 166912, "cuda:86": 101376, "cuda:89": 101376,
+    "cuda:90": 232448, "cuda:100": 232448, "cuda:103": 232448, "cuda:120": 101376,
+    "hip:gfx90a": 65536, "hip:gfx942": 65536,
+}  # fmt: skip
+#: fields of a binary that the cache keeps as they are
+_PLAIN = ("entry", "threads", "cuda", "scratch_bytes")
 
 
 @dataclass(frozen=True)
 class Binary:
-    """A compiled kernel: its cubin (or hsaco), the name of its entry, and what it needs."""
+    """A compiled kernel.
+
+    Attributes:
+        cubin: the bytes of its cubin (CUDA) or hsaco (HIP).
+        entry: the name of its function.
+        resources: what it needs.
+        parameters: (offset, size) of each argument as the binary itself says, hidden ones included.
+        threads: of a program.
+        cuda: version of the toolkit that made a cubin, such as 12090 for 12.9; 0 for an hsaco.
+        scratch_bytes: memory of a program, behind the first hidden pointer.
+    """
 
     cubin: bytes
     entry: str
     resources: Resources
+    parameters: tuple[tuple[int, int], ...]
+    threads: int
+    cuda: int
+    scratch_bytes: int
 
 
 def available() -> bool:
@@ -158,13 +188,19 @@ class _Job:
 
 
 def _read(folder: Path) -> Binary | None:
+    """A cache entry; None where there is none or, with a warning, where it is damaged."""
     try:
         info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
         cubin = (folder / "kernel.cubin").read_bytes()
         if hashlib.sha256(cubin).hexdigest() != info["sha256"]:
-            return None  # a damaged entry is made again
-        return Binary(cubin, info["entry"], Resources(**info["resources"]))
-    except (OSError, ValueError, KeyError, TypeError):
+            raise ValueError("its hash differs")
+        parameters = tuple((int(offset), int(size)) for offset, size in info["parameters"])
+        plain = {key: info[key] for key in _PLAIN}
+        return Binary(cubin, resources=Resources(**info["resources"]), parameters=parameters, **plain)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("the cached kernel %s is damaged and is made again: %s", folder, error)
         return None
 
 
@@ -172,12 +208,13 @@ def _write(folder: Path, binary: Binary) -> None:
     """Write an entry: each file is renamed into place, the one with the hash of the other last."""
     folder.mkdir(parents=True, exist_ok=True)
     info = {
-        "entry": binary.entry,
         "sha256": hashlib.sha256(binary.cubin).hexdigest(),
         "resources": asdict(binary.resources),
+        "parameters": binary.parameters,
+        **{key: getattr(binary, key) for key in _PLAIN},
     }
     for name, content in (("kernel.cubin", binary.cubin), ("info.json", json.dumps(info).encode())):
-        temporary = folder / f".{name}.{os.getpid()}"
+        temporary = folder / f".{name}.{os.getpid()}.{threading.get_ident()}"
         temporary.write_bytes(content)
         os.replace(temporary, folder / name)
 
@@ -214,11 +251,35 @@ def _compile(job: _Job, folder: Path) -> Binary:
             "W0901", f"Triton cannot compile a kernel for {job.target}", reason=str(error),
             hint="the plan runs ATen in its place",
         ) from error  # fmt: skip
-    shared, entry = int(compiled.metadata.shared), str(compiled.metadata.name)
-    if backend == "hip":
-        return Binary(compiled.asm["hsaco"], entry, hip_resources(compiled.asm["amdgcn"], shared))
+    return _binary(job, compiled, folder)
+
+
+def _binary(job: _Job, compiled: Any, folder: Path) -> Binary:
+    """What Triton made. Raises CompileError W0901 where the device has too little shared memory."""
+    metadata = compiled.metadata
+    shared, scratch = int(metadata.shared), int(metadata.global_scratch_size or 0)
+    limit = SHARED_LIMITS.get(job.target)
+    if limit is not None and shared > limit:
+        raise CompileError(
+            "W0901", f"a kernel needs more shared memory than {job.target} has",
+            reason=f"{shared} bytes, of {limit}", hint="the plan runs ATen in its place",
+        )  # fmt: skip
+    if job.target.startswith("hip"):
+        text = compiled.asm["amdgcn"]
+        found = re.findall(r"\.offset:\s+(\d+)\s+\.size:\s+(\d+)", text)
+        return Binary(
+            compiled.asm["hsaco"], str(metadata.name), hip_resources(text, shared),
+            tuple((int(offset), int(size)) for offset, size in found),
+            job.warps * _WARP["hip"], 0, scratch,
+        )  # fmt: skip
     cubin: bytes = compiled.asm["cubin"]
-    return Binary(cubin, entry, resources(cubin, shared, folder))
+    try:
+        info = read_cubin(cubin)
+    except BadCubin as error:
+        raise CompileError("W0901", "a kernel's binary cannot be read", reason=str(error),
+                           hint="use a version of Triton that weft knows") from None  # fmt: skip
+    return Binary(cubin, info.entry, resources(cubin, shared, folder), info.parameters,
+                  info.threads, info.cuda, scratch)  # fmt: skip
 
 
 @contextmanager

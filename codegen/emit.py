@@ -12,16 +12,16 @@ from typing import Any
 
 from ..ir.errors import CompileError
 from ..ir.module import Function, Module
+from ..runtime.kernels import FORMAT
 from .compile import Binary, available, compile_kernels
 from .source import KernelSource, generate
 
-#: version of the manifest's layout
-FORMAT = 1
 MANIFEST = "manifest.json"
-#: device kind -> target; NVIDIA's table of compute capabilities (CUDA C++ programming guide, 5.1)
+#: device kind -> target; NVIDIA's table of compute capabilities (CUDA C++ programming guide, 5.1),
+#: LLVM's table of AMD processors
 TARGETS = {
     "v100": "cuda:70", "a100": "cuda:80", "l40s": "cuda:89", "h100": "cuda:90", "h200": "cuda:90",
-    "b200": "cuda:100",
+    "b200": "cuda:100", "b300": "cuda:103", "mi250": "hip:gfx90a", "mi300x": "hip:gfx942",
 }  # fmt: skip
 
 
@@ -33,7 +33,8 @@ def kernel_functions(module: Module) -> list[Function]:
 def emit_kernels(
     module: Module, out_dir: str | Path, device: str, *, cache: Path | None = None
 ) -> dict[str, Any]:
-    """Write `NAME.py` for each kernel of a module, `NAME.cubin` where the device has a target.
+    """Write `NAME.py` for each kernel of a module, `NAME.cubin` or `.hsaco` where the device has a
+    target.
 
     A plan for CPUs runs ATen, its sources are there to be read. A kernel that cannot be generated
     or compiled runs ATen as well: its entry has `fallback` and a `reason`.
@@ -56,7 +57,7 @@ def emit_kernels(
     if target and available():
         binaries = dict(zip(sources, compile_kernels([*sources.values()], target, cache), strict=True))
     entries = [
-        entry if source is None else entry | _written(source, binaries.get(source.name), folder)
+        entry if source is None else entry | _written(source, binaries.get(source.name), folder, target)
         for entry, source in made
     ]
     manifest = {"format": FORMAT, "device": device, "target": target, "kernels": entries}
@@ -87,7 +88,7 @@ def _fallen(error: CompileError) -> dict[str, Any]:
 
 
 def _written(
-    source: KernelSource, binary: Binary | CompileError | None, folder: Path
+    source: KernelSource, binary: Binary | CompileError | None, folder: Path, target: str
 ) -> dict[str, Any]:
     """Write a source and its binary; what the manifest says of them."""
     _write(folder / f"{source.name}.py", source.text.encode())
@@ -95,11 +96,21 @@ def _written(
         return _described(source)
     if isinstance(binary, CompileError):
         return _described(source) | _fallen(binary)
-    _write(folder / f"{source.name}.cubin", binary.cubin)
+    backend, _, arch = target.partition(":")
+    name = f"{source.name}.{'cubin' if backend == 'cuda' else 'hsaco'}"
+    _write(folder / name, binary.cubin)
     return _described(source) | {
-        "binary": f"{source.name}.cubin",
+        "binary": name,
         "binary_sha256": hashlib.sha256(binary.cubin).hexdigest(),
+        "backend": backend,
+        "arch": arch,
         "entry": binary.entry,
+        "parameters": [list(pair) for pair in binary.parameters],
+        # Triton adds pointers of its own (scratch, profile): how many is read from the binary
+        "hidden_pointers": len(binary.parameters) - len(source.signature),
+        "threads": binary.threads,
+        "cuda": binary.cuda,
+        "scratch_bytes": binary.scratch_bytes,
         **asdict(binary.resources),
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from textwrap import indent
 
@@ -100,14 +100,27 @@ def generate(
         ]
     )
     moved, unfused = _traffic(function)
-    aligned = tuple(
-        name
-        for name in arguments
-        if plan.columns % 16 == 0 and (name == "n_cols" or re.search(r"_s\d+$", name))
-    )
+    aligned = _aligned(kernel, plan, arguments)
     return KernelSource(
         kernel.name, text, arguments, constants, aligned, plan.warps, plan.kind, moved, unfused
     )
+
+
+def _aligned(kernel: Kernel, plan: Layout, arguments: Iterable[str]) -> tuple[str, ...]:
+    """Numbers that are multiples of 16 on every rank, for contiguous tensors.
+
+    A stride is one where it counts columns of a multiple of 16 elements. A split column has equal
+    parts and a rest: both are multiples where the part and the whole are.
+    """
+    column = kernel.space.column
+    size = column.size if column is not None else 1
+    even = plan.columns % 16 == 0 and (bool(plan.tail) or size % 16 == 0)
+    found = {"n_cols"} if even else set()
+    for name, value in kernel.params:
+        length = column_length(kernel, value)
+        if length and (even if length == size else length % 16 == 0):
+            found |= {f"{name}_s{g}" for g in param_groups(kernel, plan, value)}
+    return tuple(name for name in arguments if name in found)
 
 
 _STRIDED = '''\
