@@ -8,7 +8,7 @@ stages that it takes once more as what they are.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,8 @@ from .place_model import PERSISTENT
 from .price import Pricer, function_peak
 
 Array = NDArray[np.float64]
+#: rows of `UnitCosts.held_bytes`
+_PARAM, _GRADIENT, _STATE = range(3)
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,9 @@ class UnitCosts:
         moved_update_us: of the update, what collectives take.
         crossing: (value's bytes on a rank, unit that makes it, units that read it) of each
             activation that a unit reads from another one.
+        held_bytes: of the persistent bytes, those of parameters, accumulated gradients and
+            optimizer states, shape (3, units).
+        tensors: parameters of each unit.
     """
 
     mesh: Mesh
@@ -52,12 +57,13 @@ class UnitCosts:
     moved_us: Array
     moved_update_us: Array
     crossing: tuple[tuple[float, int, frozenset[int]], ...]
+    held_bytes: Array = field(default_factory=lambda: np.zeros((3, 0)))
+    tensors: Array = field(default_factory=lambda: np.zeros(0))
 
     @property
     def loop_us(self) -> Array:
         """Forward and backward of a micro-batch."""
         return self.forward_us + self.backward_us
-
 
     def spread(self, of: Sequence[int], edges: Collection[tuple[int, int]]) -> UnitCosts:
         """The costs of more units: unit i costs what unit `of[i]` does here; `edges` joins them."""
@@ -75,7 +81,7 @@ class UnitCosts:
             self.mesh, self.forward_us[rows], self.backward_us[rows], self.update_us[rows],
             self.persistent_bytes[rows], self.saved_bytes[rows], self.kept_bytes[rows],
             self.transient_bytes[rows], self.moved_us[rows], self.moved_update_us[rows],
-            tuple(crossing),
+            tuple(crossing), self.held_bytes[:, rows], self.tensors[rows],
         )  # fmt: skip
 
 
@@ -143,6 +149,7 @@ class _Reader:
         self.unit_of = dict(unit_of)
         self.makers, self.readers = self.entry.defs(), self.entry.uses()
         self.owner = self._owners()
+        self.held, self.tensors = np.zeros((3, units)), np.zeros(units)
 
     def read(self) -> UnitCosts:
         """All costs."""
@@ -159,10 +166,12 @@ class _Reader:
             moved[phase if phase in LOOP else "update"][unit] += moves
             if phase in LOOP:
                 transient[unit] = max(transient[unit], self.pricer.peak_bytes(op))
-        saved, kept, persistent, crossing = self._values()
+        saved, kept, crossing = self._values()
+        held = self.held
         return UnitCosts(
-            self.pricer.mesh, times["forward"], times["backward"], times["update"], persistent,
+            self.pricer.mesh, times["forward"], times["backward"], times["update"], held.sum(0),
             saved, kept, transient, moved["forward"] + moved["backward"], moved["update"], crossing,
+            held, self.tensors,
         )  # fmt: skip
 
     def _home(self, op: Op) -> tuple[str, int]:
@@ -228,24 +237,26 @@ class _Reader:
 
     def _values(
         self,
-    ) -> tuple[Array, Array, Array, tuple[tuple[float, int, frozenset[int]], ...]]:
-        saved, kept, persistent = np.zeros(self.count), np.zeros(self.count), np.zeros(self.count)
+    ) -> tuple[Array, Array, tuple[tuple[float, int, frozenset[int]], ...]]:
+        saved, kept = np.zeros(self.count), np.zeros(self.count)
         for value, attrs in zip(self.entry.params, self.entry.param_attrs, strict=True):
             unit = self.owner.get(value.name, -1)
             if unit >= 0 and attrs.get("role") in PERSISTENT:
-                persistent[unit] += self.pricer.bytes(value)
+                state = attrs["role"] == "state"
+                self.held[_STATE if state else _PARAM, unit] += self.pricer.bytes(value)
+                self.tensors[unit] += not state
         crossing = []
         for op in self.entry.ops:
             phase, unit = self._home(op)
             if unit >= 0 and phase == "before" and op.name == "reshard":  # kept for the step
-                persistent[unit] += self.pricer.bytes(op.result)
+                self.held[_PARAM, unit] += self.pricer.bytes(op.result)
             if unit < 0 or phase not in LOOP:
                 continue
             for value in op.results:
                 where = self._reads(value)
                 if phase == "backward":
                     if any(p == "update" for p, _ in where) and op.name != "reshard":
-                        persistent[unit] += self.pricer.bytes(value)
+                        self.held[_GRADIENT, unit] += self.pricer.bytes(value)
                     continue
                 outside = frozenset(u for p, u in where if p == "forward" and u != unit)
                 if outside:
@@ -254,7 +265,7 @@ class _Reader:
                     saved[unit] += self.pricer.bytes(value)
                     if outside:  # a boundary: the next unit begins with it when computed again
                         kept[unit] += self.pricer.bytes(value)
-        return saved, kept, persistent, tuple(crossing)
+        return saved, kept, tuple(crossing)
 
     def _reads(self, value: Value) -> list[tuple[str, int]]:
         """Phase and unit of the ops that read a value, through reshards."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from ..costmodel.cluster import Cluster
+from ..costmodel.collectives import collective_cost
 from ..costmodel.simulate import Simulation, simulate
 from ..ir.errors import CompileError
-from ..ir.module import Module
-from ..ir.text import print_module
+from ..ir.module import Attr, Function, Module
+from ..ir.text import print_function, print_module
+from ..ir.types import Mesh
+from .apply import Choices, apply_phased
 from .constraints import Constraints
 from .micro import LOOP, TimeSplit, time_split
 from .orders import Order, orders_of
-from .place import search_mesh
+from .place import MEMORY_SHARE, PlacementResult, search_mesh
 from .recompute import recomputed
 from .search_evaluate import Pipeline
 from .search_units import Units, units_of
@@ -34,20 +37,24 @@ def parts_of(split: TimeSplit, units: Units, pipeline: Pipeline) -> tuple[int, .
 
 @dataclass(frozen=True)
 class Realized:
-    """A plan's program: cut, and each part placed.
+    """A plan's program: cut, each part placed, schedules written.
 
     Attributes:
         split: the program over time, with what is computed again.
         parts: the part of each op, as for `stages.cut`.
         pieces, placed: each part, logical and placed.
+        phases: for each part those of the ops of its placed entry.
         orders: the slots of each stage.
+        schedules: of each stage.
     """
 
     split: TimeSplit
     parts: tuple[int, ...]
     pieces: tuple[StageModule, ...]
     placed: tuple[Module, ...]
+    phases: tuple[tuple[str, ...] | None, ...]
     orders: tuple[Order, ...]
+    schedules: tuple[Module, ...]
 
 
 def realize(
@@ -56,11 +63,14 @@ def realize(
     pipeline: Pipeline,
     cluster: Cluster,
     constraints: Constraints = Constraints(),
+    *,
+    enough: float = 0.0,
 ) -> Realized:
     """Cut a program as a plan says and place each part as what it is; equal parts are placed once.
 
     Args:
         cluster: of one stage.
+        enough: relative gap at which the placement of a large part stops.
 
     Raises CompileError W0402 where a stage has no legal placement.
     """
@@ -73,41 +83,137 @@ def realize(
         units = units_of(split)
     parts = parts_of(split, units, pipeline)
     pieces = cut(split, parts)
-    placed = _placed(pieces, split.count, pipeline, cluster, constraints)
+    found = _Placer(split.count, pipeline, cluster, constraints, enough).all(pieces)
+    placed, phases = tuple(r.placed for r in found), tuple(r.phases for r in found)
     orders = orders_of(pipeline.order, len(pipeline.stages), split.count, pipeline.chunks)
-    return Realized(split, parts, pieces, tuple(placed), orders)
+    cost = collective_cost(cluster, placed[0].mesh or Mesh())
+    schedules = schedule_stages(split, parts, placed, orders, cost=cost, phases=phases)
+    return Realized(split, parts, pieces, placed, phases, tuple(orders), schedules)
 
 
-def schedules(found: Realized) -> tuple[Module, ...]:
-    """The schedule of each stage."""
-    return schedule_stages(found.split, found.parts, found.placed, found.orders)
+def replayed(found: Realized, cluster: Cluster) -> Simulation:
+    """The step of all ranks of a plan, event by event."""
+    return simulate(found.schedules, cluster)
 
 
-def _placed(
-    stages: Sequence[StageModule],
-    micro: int,
-    pipeline: Pipeline,
-    cluster: Cluster,
-    constraints: Constraints,
-) -> list[Module]:
-    known: dict[Hashable, Module] = {}
-    out = []
-    for stage in stages:
-        key = print_module(stage.module)
-        if key not in known:
-            mesh = pipeline.stages[stage.stage % len(pipeline.stages)].mesh
-            found = search_mesh(
-                stage.module, mesh, cluster, limit_s=PLACE_S, phases=stage.phases, micro=micro,
-                constraints=constraints,
+class _Placer:
+    """Places the parts of a plan, those that are equal but for their names once."""
+
+    def __init__(
+        self,
+        micro: int,
+        pipeline: Pipeline,
+        cluster: Cluster,
+        constraints: Constraints,
+        enough: float,
+    ) -> None:
+        self.micro, self.pipeline, self.cluster = micro, pipeline, cluster
+        self.constraints, self.enough = constraints, enough
+        self.known: dict[Hashable, tuple[Function, PlacementResult]] = {}
+
+    def all(self, pieces: Sequence[StageModule]) -> list[PlacementResult]:
+        """The placements of all parts. Raises CompileError W0402."""
+        return [self._placed(piece) for piece in pieces]
+
+    def _placed(self, piece: StageModule) -> PlacementResult:
+        stage = self.pipeline.stages[piece.stage % len(self.pipeline.stages)]
+        # rules are about names, so names count where there are rules
+        named = bool(self.constraints.rules)
+        room = self._room_bytes(piece)
+        key = (structure(piece, named), stage.mesh, room)
+        if key in self.known:
+            entry, result = self.known[key]
+            return _renamed(result, entry, piece, stage.mesh)
+        device = replace(self.cluster.device, memory_bytes=room / MEMORY_SHARE)
+        found = search_mesh(
+            piece.module, stage.mesh, replace(self.cluster, device=device), limit_s=PLACE_S,
+            phases=piece.phases, micro=self.micro, constraints=Constraints(self.constraints.rules),
+            enough=self.enough,
+        )  # fmt: skip
+        if found is None:
+            raise CompileError(
+                "W0402", f"stage {piece.stage} has no legal placement on {stage.mesh.axes}",
+                reason="some op has no legal split", hint="use fewer devices a stage",
             )  # fmt: skip
-            if found is None:
-                raise CompileError(
-                    "W0402", f"stage {stage.stage} has no legal placement on {mesh.axes}",
-                    reason="some op has no legal split", hint="use fewer devices a stage",
-                )  # fmt: skip
-            known[key] = found.placed
-        out.append(known[key])
-    return out
+        self.known[key] = piece.module.entry, found
+        return found
+
+    def _room_bytes(self, piece: StageModule) -> float:
+        """What a part may hold with one micro-batch in flight; the others take their saved values.
+
+        Parts of one stage share its memory as they share its peak: by their number.
+        """
+        stage = self.pipeline.stages[piece.stage % len(self.pipeline.stages)]
+        room = stage.memory_bytes - stage.waiting_bytes
+        return room / self.pipeline.chunks if room > 0 else stage.memory_bytes
+
+
+def structure(piece: StageModule, named: bool = False) -> Hashable:
+    """What a part's placement depends on: equal for parts that differ in names only.
+
+    Args:
+        named: whether names of parameters and module paths count.
+    """
+    module = piece.module
+    if named:
+        return print_module(module), piece.phases
+    entry = module.entry
+    number: dict[str, int] = {}
+    for value in (*entry.params, *(v for op in entry.ops for v in op.results)):
+        number[value.name] = len(number)
+    users = {
+        str(attrs["name"]): number[value.name]
+        for value, attrs in zip(entry.params, entry.param_attrs, strict=True) if "name" in attrs
+    }  # fmt: skip
+    params = tuple(
+        (str(value.type), _plain(attrs, users, number))
+        for value, attrs in zip(entry.params, entry.param_attrs, strict=True)
+    )
+    ops = tuple(
+        (op.name, tuple(sorted((k, repr(v)) for k, v in op.attrs.items())),
+         tuple(number[v.name] for v in op.operands), tuple(str(v.type) for v in op.results))
+        for op in entry.ops
+    )  # fmt: skip
+    results = tuple(
+        (number[value.name], _plain(attrs, users, number))
+        for value, attrs in zip(entry.results, entry.result_attrs, strict=True)
+    )
+    callees = tuple(print_function(function) for function in module.functions[1:])
+    return params, ops, results, callees, piece.phases
+
+
+#: attributes of parameters and results that are names, or numbers of stages
+_NAMES = frozenset({"name", "source", "to"})
+
+
+def _plain(
+    attrs: Mapping[str, Attr], users: Mapping[str, int], number: Mapping[str, int]
+) -> tuple[tuple[str, str], ...]:
+    """Attributes without names; references to values by their numbers."""
+    found = []
+    for key, value in sorted(attrs.items()):
+        if key in _NAMES:
+            continue
+        if isinstance(value, str):
+            found.append((key, str(number.get(value, users.get(value, value)))))
+        else:
+            found.append((key, repr(value)))
+    return tuple(found)
+
+
+def _renamed(
+    result: PlacementResult, entry: Function, piece: StageModule, mesh: Mesh
+) -> PlacementResult:
+    """A placement of one part for another one of the same structure."""
+    own = piece.module.entry
+    theirs = (*entry.params, *(v for op in entry.ops for v in op.results))
+    ours = (*own.params, *(v for op in own.ops for v in op.results))
+    names = {a.name: b.name for a, b in zip(theirs, ours, strict=True)}
+    choices: Choices = replace(
+        result.choices, again=frozenset((names[name], op) for name, op in result.choices.again)
+    )
+    placed, phases = apply_phased(piece.module, mesh, choices)
+    return replace(result, choices=choices, placed=placed, phases=phases, logical=piece.module)
 
 
 def simulated(
@@ -118,4 +224,7 @@ def simulated(
     cluster: Cluster,
 ) -> Simulation:
     """The step of all ranks of a plan, event by event."""
-    return simulate(schedules(realize(split, units, pipeline, stage_cluster)), cluster)
+    return replayed(realize(split, units, pipeline, stage_cluster), cluster)
+
+
+__all__ = ["Realized", "parts_of", "realize", "replayed", "simulated", "structure"]

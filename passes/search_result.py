@@ -11,6 +11,7 @@ from .micro import TimeSplit
 from .place import MEMORY_SHARE, PlacementResult
 from .search_evaluate import Pipeline
 from .search_layouts import Layout
+from .search_realize import Realized
 from .search_units import Units
 
 
@@ -59,10 +60,12 @@ class SearchResult:
         rejected: the best plan of each other layout and of other numbers of micro-batches, and why
             it lost, the nearest first.
         layouts: how many there are; `bounded` of them could not win by their bound alone.
+        slow: layouts that were not placed, as their estimate was far above the best plan.
         evaluated: plans that were evaluated.
         lower_bound_us: no plan of the layouts that were looked at is faster than this.
         seconds: that the search took.
         complete: False where the budget ended it.
+        realized: the best plan's program, where it was written down.
     """
 
     best: Found
@@ -71,10 +74,12 @@ class SearchResult:
     rejected: tuple[tuple[Found, str], ...]
     layouts: int
     bounded: int
+    slow: int
     evaluated: int
     lower_bound_us: float
     seconds: float
     complete: bool
+    realized: Realized | None = field(default=None, repr=False, compare=False)
 
 
 def rank(found: Found) -> tuple[bool, float, int, int, int, bool]:
@@ -92,18 +97,31 @@ def why(plan: Pipeline, best: Pipeline) -> str:
     return ", ".join(more) or "no faster"
 
 
-def nothing_fits(plan: Pipeline, cluster: Cluster) -> CompileError:
-    """Says by how much the nearest plan is over, on which device, and what would help."""
+def nothing_fits(plan: Pipeline, cluster: Cluster, wishes: Wishes) -> CompileError:
+    """Says by how much the nearest plan is over, on which device, and the smallest changes that
+    would make it fit."""
     stage = max(plan.stages, key=lambda s: s.peak_bytes - s.memory_bytes)
     number = plan.stages.index(stage)
     over = stage.peak_bytes - stage.memory_bytes
     times = stage.peak_bytes / stage.memory_bytes
     where = f"stage {number} of {len(plan.stages)}" if len(plan.stages) > 1 else "each rank"
+    cap = wishes.constraints.memory_bytes
+    hints = []
+    if cap is not None and cap < MEMORY_SHARE * cluster.device.memory_bytes:
+        hints.append(f"a memory constraint of {_gb(stage.peak_bytes)}")
+    else:
+        hints.append(f"devices of {_gb(stage.peak_bytes / MEMORY_SHARE)}")
+        hints.append(f"about {int(cluster.ranks * times) + 1} devices")
+    if not wishes.recompute:
+        hints.append("recompute=True")
+    hints.append("a smaller batch")
     return CompileError(
         "W0402", f"no plan fits on {cluster}",
-        reason=f"the nearest one needs {stage.peak_bytes / 1e9:.3g} GB on {where} "
-        f"({stage.kind}), {over / 1e9:.3g} GB more than the {stage.memory_bytes / 1e9:.3g} GB that "
-        "it may fill",
-        hint=f"devices of {stage.peak_bytes / MEMORY_SHARE / 1e9:.3g} GB, about "
-        f"{int(cluster.ranks * times) + 1} devices, or a smaller batch",
+        reason=f"the nearest one needs {_gb(stage.peak_bytes)} on {where} "
+        f"({stage.kind}), {_gb(over)} more than the {_gb(stage.memory_bytes)} that it may fill",
+        hint=", ".join(hints[:-1]) + f", or {hints[-1]}",
     )  # fmt: skip
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.3g} GB"

@@ -13,13 +13,13 @@ from weft.costmodel.cluster import Cluster, parse_cluster
 from weft.ir.errors import CompileError
 from weft.ir.module import Module
 from weft.ir.types import Mesh
-from weft.passes import search
+from weft.passes import search_program
 from weft.passes.micro import time_split
 from weft.passes.place import search_mesh
 from weft.passes.search import Wishes, search_plan
 from weft.passes.search_costs import unit_costs
 from weft.passes.search_mixed import lines_of, places_of, shares_of
-from weft.passes.search_realize import realize, schedules, simulated
+from weft.passes.search_realize import realize, simulated
 from weft.passes.search_short import shorten
 from weft.passes.search_units import units_of
 from weft.passes.stages import cut
@@ -62,7 +62,7 @@ def test_a_shortened_program_finds_the_plan_of_the_whole_one(monkeypatch: pytest
     assert short is not None and len(short.module.entry.ops) < len(module.entry.ops)
     wishes = Wishes(stages=2, micro=4)
     fast = search_plan(module, FAST, wishes=wishes, finalists=0)
-    monkeypatch.setattr(search, "shorten", lambda split, units: None)
+    monkeypatch.setattr(search_program, "shorten", lambda split, units: None)
     whole = search_plan(module, FAST, wishes=wishes, finalists=0)
     # placements of equal cost may differ at the ends of the chain
     assert fast.best.pipeline.step_us == pytest.approx(whole.best.pipeline.step_us, rel=0.03)
@@ -99,7 +99,7 @@ def test_a_plan_computes_what_the_program_does(order: str, chunks: int, recomput
     assert found.pipeline.order == order and found.pipeline.chunks >= chunks
     stages = tuple(replace(stage, recompute=recompute) for stage in found.pipeline.stages)
     pipeline = replace(found.pipeline, stages=stages)
-    modules = schedules(realize(result.split, result.units, pipeline, found.layout.cluster))
+    modules = realize(result.split, result.units, pipeline, found.layout.cluster).schedules
     entry = module.entry
     names = {v.name: whole_name(a) for v, a in zip(entry.params, entry.param_attrs, strict=True)}
     given = {names[v.name]: t for v, t in zip(entry.params, tensors, strict=True)}
