@@ -14,7 +14,7 @@ from ..ir.errors import CompileError
 _TOOL_TIMEOUT_S = 30
 #: Matrix instructions: of NVIDIA up to sm_8x (HMMA, IMMA, QMMA, DMMA), wgmma of sm_90 (HGMMA, IGMMA,
 #: QGMMA), tcgen05 of sm_100 (UTCHMMA, UTCQMMA, UTCIMMA); CUDA binary utilities, instruction sets.
-_SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", re.M)
+_SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Za-z0-9_.]*)", re.M)
 _MATRIX = re.compile(r"(?:[HIQDB]G?MMA|UTC\w*MMA)\b")
 _ASYNC = ("LDGSTS", "UTMALDG", "UBLKCP")
 
