@@ -7,20 +7,22 @@ lowers the bound (Kolmogorov, A new look at reweighted message passing, 2015; TR
 the variables one by one against the moved costs gives good assignments. Reduced costs then exclude
 states: one whose own bound exceeds the cost of a known assignment is in no better assignment.
 
-Lifting: variables that look alike within a few edges form a class with the same messages, so that
-the equal layers of a deep model cost as much as one. Any messages give a valid bound; the classes
-near the ends of a stack of layers stay apart, which is where the best messages differ.
+Lifting: variables that look alike form a class with the same messages (`place_classes`), so that the
+equal layers of a deep model cost as much as one. Any messages give a valid bound; the layers at the
+ends of a stack stay apart, which is where the best messages differ. Edges of one variable that are
+alike share a message as well: what it gives to one of them it gives to each.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .place_classes import Colours, classes, ports
 from .place_network import FORBIDDEN, Array, Network, Table
 
 #: the bound is looked at every so many sweeps; a smaller relative gain than this ends them
@@ -35,11 +37,13 @@ class _Port:
 
     Attributes:
         table: costs (own state, other state).
+        count: edges of each variable of the class that are alike.
         other: class and port that most of the edges lead to.
         across: the costs with the longer side last, in which numpy takes minima fastest.
     """
 
     table: Table
+    count: int
     other: tuple[int, int]
     across: Array
 
@@ -59,27 +63,34 @@ class _Lifted:
         self.members = Counter(self.colour.values())
         self.port_of: dict[tuple[int, int], int] = {}  #: (variable, neighbour) -> port
         self.first: dict[int, int] = {}
-        tables: dict[int, list[Table]] = {}
-        for v, c in self.colour.items():
-            near = network.near[v]
-            ordered = sorted(near, key=lambda u: (near[u].number, before[u]))
-            self.port_of.update(((v, u), p) for p, u in enumerate(ordered))
-            if c not in self.first:
-                self.first[c] = v
-                tables[c] = [near[u] for u in ordered]
+        rows: dict[int, dict[tuple[int, int], tuple[int, Table, int]]] = {}
+        for (v, u), key in ports(network, self.colour, before).items():
+            c = self.colour[v]
+            if self.first.setdefault(c, v) == v:
+                row = rows.setdefault(c, {})
+                p, _, count = row.get(key, (len(row), None, 0))
+                row[key] = p, network.near[v][u], count + 1
+            self.port_of[v, u] = rows[c][key][0]
+        for v, c in self.colour.items():  # those without a neighbour
+            self.first.setdefault(c, v)
         #: (class, port, class, port) -> number of edges; each edge is seen from both of its ends
         self.edges: Counter[tuple[int, int, int, int]] = Counter(
             (self.colour[v], p, self.colour[u], self.port_of[u, v])
             for (v, u), p in self.port_of.items()
         )
+        ends = Counter((self.colour[v], p) for (v, _), p in self.port_of.items())
+        if any(ends[c, p] != count * self.members[c]
+               for c, row in rows.items() for p, _, count in row.values()):  # fmt: skip
+            raise AssertionError("variables of one class differ in their edges")
         leading: dict[tuple[int, int], tuple[int, tuple[int, int]]] = {}
         for (c, p, d, q), count in self.edges.items():
             if count > leading.get((c, p), (0, (0, 0)))[0]:
                 leading[c, p] = count, (d, q)
         self.ports = {
-            c: [_Port(table, leading[c, p][1], _across(table.array)) for p, table in enumerate(row)]
-            for c, row in tables.items()
-        }
+            c: [_Port(table, count, leading[c, p][1], _across(table.array))
+                for p, table, count in rows.get(c, {}).values()]
+            for c in self.first
+        }  # fmt: skip
         #: ports that most edges of the port which they lead to do not lead back to
         self.minor = {
             (c, p) for c, row in self.ports.items() for p, port in enumerate(row)
@@ -112,8 +123,9 @@ class _Lifted:
     def belief(self, c: int) -> Array:
         """The costs of a class's states after the messages."""
         total = self.unary[c]
-        for p in range(len(self.ports[c])):
-            total = total + self.messages[c, p]
+        for p, port in enumerate(self.ports[c]):
+            message = self.messages[c, p]
+            total = total + (message if port.count == 1 else port.count * message)
         return total
 
     def moved(self, c: int, p: int, end: tuple[int, int]) -> Array:
@@ -139,8 +151,8 @@ class _Lifted:
         """The part of its cost that a class pushes on to each edge ahead."""
         out = {}
         for c, row in self.ports.items():
-            later = sum(self.rank[port.other[0]] > self.rank[c] for port in row)
-            out[c] = 1.0 / max(1, later, len(row) - later)
+            later = sum(port.count for port in row if self.rank[port.other[0]] > self.rank[c])
+            out[c] = 1.0 / max(1, later, sum(port.count for port in row) - later)
         return out
 
     def settle(self) -> None:
@@ -169,7 +181,9 @@ class _Lifted:
             for p, port in enumerate(self.ports[c]):
                 table = self.moved(c, p, port.other)
                 other = found.get(port.other[0])
-                costs = costs + (table.min(axis=1) if other is None else table[:, other])
+                costs = costs + port.count * (
+                    table.min(axis=1) if other is None else table[:, other]
+                )
             found[c] = int(np.argmin(costs))
         return self._polish(found)
 
@@ -181,7 +195,7 @@ class _Lifted:
                 costs = self.unary[c]
                 for port in self.ports[c]:
                     if port.other[0] != c:
-                        costs = costs + port.table.array[:, found[port.other[0]]]
+                        costs = costs + port.count * port.table.array[:, found[port.other[0]]]
                 best = int(np.argmin(costs))
                 if costs[best] < costs[found[c]] - 1e-9:
                     found[c], changed = best, True
@@ -209,32 +223,17 @@ class _Lifted:
         network.unary = {v: unary[c] for v, c in self.colour.items()}
 
 
-def _across(table: Array) -> Array:
-    rows, columns = table.shape
-    return np.ascontiguousarray(table if rows <= columns else table.T)
-
-
-def _classes(network: Network, radius: int) -> tuple[dict[int, int], dict[int, int]]:
+def _classes(network: Network, radius: int) -> tuple[Colours, Colours]:
     """A class for each variable, and the coarser classes of one step less."""
     if len(network.unary) <= SINGLE:
         own = {v: v for v in network.unary}
         return own, own
-    colour = _numbered({v: id(costs) for v, costs in network.unary.items()})
-    before = colour
-    for _ in range(radius):
-        keys = {
-            v: (colour[v], *sorted([(table.number, colour[u]) for u, table in row.items()]))
-            for v, row in network.near.items()
-        }
-        before, colour = colour, _numbered(keys)
-        if len(set(colour.values())) == len(set(before.values())):
-            break
-    return colour, before
+    return classes(network, radius)
 
 
-def _numbered(keys: Mapping[int, Hashable]) -> dict[int, int]:
-    table: dict[Hashable, int] = {}
-    return {v: table.setdefault(key, len(table)) for v, key in keys.items()}
+def _across(table: Array) -> Array:
+    rows, columns = table.shape
+    return np.ascontiguousarray(table if rows <= columns else table.T)
 
 
 def tighten(network: Network, sweeps: int, radius: int = 3) -> tuple[float, dict[int, int]]:

@@ -20,7 +20,7 @@ that is small enough for every sum to be exact.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, TypeVar
@@ -151,6 +151,8 @@ class Network:
         removed: eliminated variables, in order.
         memo: what was computed for this network and its clones.
         quantum: all costs are multiples of it; 0 where that is not known.
+        blocks: variable that was grafted -> number of the graft, and what was grafted.
+        units: variable -> the blocks that it belongs to (`place_classes`); None until asked for.
     """
 
     unary: dict[int, Array] = field(default_factory=dict)
@@ -160,6 +162,8 @@ class Network:
     removed: list[Removed] = field(default_factory=list)
     memo: Memo = field(default_factory=Memo)
     quantum: float = 0.0
+    blocks: dict[int, tuple[int, Network]] = field(default_factory=dict)
+    units: Mapping[int, int] | None = None
 
     def add_variable(self, costs: Sequence[float] | Array) -> int:
         """A new variable with a cost for each of its states; returns its number."""
@@ -197,6 +201,7 @@ class Network:
         for v, new in numbers.items():
             self.unary[new], self.states[new] = other.unary[v], other.states[v]
             self.near[new] = {numbers[u]: table for u, table in other.near[v].items()}
+            self.blocks[new] = first, other
         self.constant += other.constant
         return numbers
 
@@ -210,6 +215,8 @@ class Network:
             list(self.removed),
             self.memo,
             self.quantum,
+            self.blocks,
+            self.units,
         )
 
     def rounded(self) -> Network:
@@ -227,7 +234,10 @@ class Network:
                 seen[id(part)] = float(np.abs(finite).max(initial=0.0))
             most += seen[id(part)]
         quantum = 2.0 ** (np.ceil(np.log2(most)) - 50)
-        out = Network(states=dict(self.states), removed=list(self.removed), quantum=quantum)
+        out = Network(
+            states=dict(self.states), removed=list(self.removed), quantum=quantum,
+            blocks=self.blocks, units=self.units,
+        )  # fmt: skip
         out.constant = round(self.constant / quantum) * quantum
         step = np.full(1, quantum)
         for i, costs in self.unary.items():

@@ -30,7 +30,7 @@ WORK_LOG10 = 8.7
 #: (most sweeps, radius of the classes) of the rounds of tightening: in networks of few variables,
 #: and in others, where classes are refined from round to round
 _FEW = ((100, 1), (60, 1), (60, 1), (60, 1), (60, 1))
-_MANY = ((20, 3), *((10, 1),) * 24)
+_MANY = ((20, 1), *((10, 1),) * 24)
 #: a candidate so close to the bound is not improved on before states have been excluded
 _NEAR = 1e-5
 #: states are excluded again where so small a part of them is left
