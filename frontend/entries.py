@@ -97,7 +97,7 @@ class Compiler:
         program, outputs = tracing.lower(call)
         plan = self._plan(program, tracing)
         module = plan.module("schedule")
-        comm = use_mesh(Comm(plan.mesh, stages=len(plan.schedules)), self.mesh)
+        comm = use_mesh(Comm(plan.stage_ranks.meshes), self.mesh)
         device = join_world().device
         running = Running(
             plan.schedules, comm, device, check_finite=self.options.trace_nan,

@@ -21,10 +21,12 @@ from ..costmodel.simulate import Simulation, Timeline, simulate
 from ..ir.errors import CompileError
 from ..ir.module import LEVELS, Module
 from ..ir.opdef import OPS
+from ..ir.stage_ranks import StageRanks
 from ..ir.text import print_module
 from ..ir.trace_events import trace_text
 from ..ir.types import Mesh, local_bytes
 from ..runtime.executable import kernel_folder
+from ..runtime.stage_map import ranks_of
 from .artifact import ArtifactWriter
 from .axes import axis_words
 from .describe import (
@@ -51,8 +53,10 @@ def mesh_text(mesh: Mesh | None) -> str:
 
 def stages_text(schedules: Sequence[Module]) -> str:
     """The mesh, and how many stages have one."""
-    mesh = mesh_text(schedules[0].mesh)
-    return f"{len(schedules)} stages of {mesh}" if len(schedules) > 1 else mesh
+    shapes = list(dict.fromkeys(mesh_text(module.mesh) for module in schedules))
+    if len(shapes) > 1:
+        return "stages of " + ", ".join(mesh_text(module.mesh) for module in schedules)
+    return f"{len(schedules)} stages of {shapes[0]}" if len(schedules) > 1 else shapes[0]
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,8 @@ class Plan:
 
     @property
     def mesh(self) -> Mesh:
-        """The mesh that was chosen; that of one stage where there are several."""
-        return self.dumps[-1].module.mesh or Mesh()
+        """The mesh that was chosen; that of the first stage where there are several."""
+        return self.schedules[0].mesh or Mesh()
 
     @property
     def schedules(self) -> tuple[Module, ...]:
@@ -101,9 +105,14 @@ class Plan:
         return tuple(dump.module for dump in self.dumps[-count:])
 
     @property
+    def stage_ranks(self) -> StageRanks:
+        """The mesh of each stage, and which ranks it has."""
+        return ranks_of(self.schedules)
+
+    @property
     def ranks(self) -> int:
         """Ranks of all stages."""
-        return self.mesh.size * len(self.schedules)
+        return self.stage_ranks.size
 
     @cached_property
     def simulation(self) -> Simulation:
@@ -158,7 +167,7 @@ class Plan:
             counts = Counter(op.name for op in module.entry.ops if OPS[op.name].family == "collective")
             moved = ", ".join(f"{name} {counts[name]}" for name in sorted(counts)) or "none"
             held = sum(
-                local_bytes(value.type, self.mesh)
+                local_bytes(value.type, module.mesh or Mesh())
                 for value, attrs in zip(module.entry.params, module.entry.param_attrs, strict=True)
                 if attrs.get("role") in ("param", "buffer", "state")
             )
@@ -217,9 +226,9 @@ class Plan:
             for name, tensors in (("weights", self.weights), ("inputs", self.inputs)):
                 if tensors:
                     writer.tensors(name, tensors)
-            kind = self.cluster.groups[0].kind
             for stage, module in enumerate(self.schedules):
                 folder = kernel_folder(writer.folder, len(self.schedules), stage)
+                kind = module.mesh.device if module.mesh else self.cluster.groups[0].kind
                 emit_kernels(module, folder, kind, cache=OPTIONS.cache / "kernels")
             writer.gzipped("timeline.json.gz", trace_text(self.simulation.events()))
             writer.text("report.html", self.report())

@@ -16,6 +16,7 @@ from ..ir.errors import RunError
 from ..runtime.artifact import Artifact
 from ..runtime.executable import Executable, world_mismatch
 from ..runtime.launch import launch
+from ..runtime.stage_map import ranks_of
 from .curve import Curve
 from .describe import human_bytes
 from .options import OPTIONS
@@ -92,9 +93,7 @@ def run_artifact(
 
 def _ranks(artifact: Artifact) -> int:
     """Ranks of the plan, by its schedule. Raises RunError W0701 where the manifest has others."""
-    modules = artifact.schedules()
-    mesh = modules[0].mesh
-    ranks = len(modules) * (1 if mesh is None else mesh.size)
+    ranks = ranks_of(artifact.schedules()).size
     if ranks != artifact.info["ranks"]:
         raise RunError(
             "W0701", f"{artifact.path} says {artifact.info['ranks']} ranks, its schedule has {ranks}",

@@ -9,8 +9,10 @@ from math import inf
 from ..costmodel.cluster import Cluster
 from ..ir.errors import CompileError
 from ..ir.module import Module
+from ..passes.constraints import Constraints
 from ..passes.search import SearchResult, Wishes, search_plan
 from ..passes.search_realize import realize
+from ..passes.search_state import ENOUGH
 from .options import expect
 from .report import Dump
 from .search_text import explain_search
@@ -39,9 +41,10 @@ def seconds_of(budget: str | float) -> float:
 
 @dataclass(frozen=True)
 class Searched:
-    """What the search chose for a program."""
+    """What the search chose for a program, and what its placements had to obey."""
 
     result: SearchResult
+    constraints: Constraints = Constraints()
 
     @property
     def staged(self) -> bool:
@@ -66,10 +69,14 @@ class Searched:
                 hint="plan for one kind of device, or run what explain() says by other means",
             )  # fmt: skip
         share = best.layout.cluster
-        found = realize(self.result.split, self.result.units, best.pipeline, share)
+        found = self.result.realized or realize(
+            self.result.split, self.result.units, best.pipeline, share, self.constraints,
+            enough=ENOUGH,
+        )  # fmt: skip
         return written(
-            found.split, found.parts, found.pieces, found.placed, found.orders, share
-        )
+            found.split, found.parts, found.pieces, found.placed, found.orders,
+            [share] * len(found.orders), schedules=found.schedules,
+        )  # fmt: skip
 
     def explain(self) -> str:
         """The plan in words, where its time goes, and what it was chosen over."""
@@ -78,4 +85,5 @@ class Searched:
 
 def searched(module: Module, cluster: Cluster, wishes: Wishes, budget_s: float) -> Searched:
     """Search a plan of a logical train step. Raises CompileError W0402, W0404."""
-    return Searched(search_plan(module, cluster, wishes=wishes, budget_s=budget_s))
+    result = search_plan(module, cluster, wishes=wishes, budget_s=budget_s)
+    return Searched(result, wishes.constraints)

@@ -81,7 +81,7 @@ def staged_dumps(
     found = _placed(pieces, split.count, share, mesh)
     placed = [result.placed for result in found]
     phases = [result.phases for result in found]
-    return written(split, parts, pieces, placed, orders, share, phases)
+    return written(split, parts, pieces, placed, orders, [share] * options.stages, phases)
 
 
 def written(
@@ -90,14 +90,16 @@ def written(
     pieces: Sequence[StageModule],
     placed: Sequence[Module],
     orders: Sequence[Order],
-    share: Cluster,
+    shares: Sequence[Cluster],
     phases: Sequence[Sequence[str] | None] = (),
+    schedules: Sequence[Module] = (),
 ) -> list[tuple[str, Dump]]:
     """The dumps of placed stages, down to their schedules.
 
     Args:
-        share: the cluster of one stage.
+        shares: the cluster of each stage.
         phases: for each part those of the ops of its placed entry, as the search meant them.
+        schedules: of the stages, where they are known.
     """
     entry = split.module.entry
     fed = tuple(
@@ -105,13 +107,17 @@ def written(
         for value, attrs in zip(entry.params, entry.param_attrs, strict=True)
         if attrs.get("role") in ("input", "lr")
     )
-    cost = collective_cost(share, placed[0].mesh or Mesh())
-    schedules = schedule_stages(split, parts, placed, orders, cost=cost, phases=phases)
+    costs = [
+        collective_cost(shares[part % len(shares)], module.mesh or Mesh())
+        for part, module in enumerate(placed)
+    ]
+    if not schedules:
+        schedules = schedule_stages(split, parts, placed, orders, cost=costs, phases=phases)
     out: list[tuple[str, Dump]] = []
     for number, (piece, module) in enumerate(zip(pieces, placed, strict=True)):
         about: dict[str, Attr] = {"part": number}
         for name, level in (
-            ("cut", piece.module), ("place", module), ("lower", lower(module, cost))
+            ("cut", piece.module), ("place", module), ("lower", lower(module, costs[number]))
         ):  # fmt: skip
             dump = Dump(f"part{number}-{name}", level.with_(attrs={**level.attrs, **about}))
             out.append((name, dump))

@@ -1,10 +1,11 @@
-"""Rules on collectives, and on values that hold a term of a log-sum-exp on each rank."""
+"""Rules on collectives and transfers, and on values that hold a term of a log-sum-exp on each rank."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from .crossing import crosses, wrong_ends
 from .module import Attr, Function, Module, Op
 from .opdef import full_attrs, signature_of
 from .ops import OPS
@@ -189,6 +190,8 @@ class _Terms:
 RULES: tuple[Rule, ...] = (
     op_rule("collective", "a collective changes its axis as its op says, no other", _collective,
             "W0203"),
+    op_rule("crossing", "a transfer between meshes of different shape says its other end",
+            lambda module, op: wrong_ends(op) if crosses(op) else "", "W0203"),
     Rule("lse-terms", "terms of a log-sum-exp are read by their fix-up only",
          lambda module: _Terms(module).check()),
 )  # fmt: skip

@@ -22,6 +22,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 
+from .crossing import comments
 from .module import NOWHERE, Attr, Function, Location, Module, Op, Value
 from .types import TensorType
 
@@ -144,6 +145,9 @@ def print_module(module: Module) -> str:
     locations: dict[Location, int] = {}
     for function in module.functions:
         lines += ["", print_function(function, locations)]
+    if module.mesh is not None and module.functions:
+        crossing = comments(module.entry.ops, module.mesh)
+        lines += ["", *(f"// {line}" for line in crossing)] if crossing else []
     if locations:
         lines.append("")
     for loc, number in locations.items():

@@ -100,8 +100,14 @@ def whens(
     def need(name: str, phase: int) -> None:
         needed[name] = min(phase, needed.get(name, phase))
 
-    for value, attrs in zip(spmd.results, spmd.result_attrs, strict=True):
-        need(value.name, PHASES.index(str(attrs["phase"])) if attrs["role"] == "sent" else 3)
+    logical = stage.module.entry.results
+    for value, attrs, meant_as in zip(spmd.results, spmd.result_attrs, logical, strict=True):
+        last = 3
+        if attrs["role"] == "sent":
+            last = PHASES.index(str(attrs["phase"]))
+        elif stage.held[meant_as.name].kind == "S":  # a part in each micro-batch
+            last = known.get(meant_as.name, last)
+        need(value.name, last)
     phases: list[int] = [0] * len(spmd.ops)
     for index in reversed(range(len(spmd.ops))):
         op = spmd.ops[index]

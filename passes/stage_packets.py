@@ -18,13 +18,18 @@ SMALL_BYTES = 4096
 Emit = Callable[[str, Sequence[Value], Value, dict[str, Attr]], Value]
 
 
-def packets(types: Sequence[TensorType]) -> list[list[int]]:
+def packets(ends: Sequence[tuple[TensorType, TensorType]]) -> list[list[int]]:
     """Which values of one channel travel together, by index: those of a dtype that are small and
-    whole on every rank; the others alone. Both ends get the same."""
+    whole on every rank; the others alone.
+
+    Args:
+        ends: the type of each value where it is sent and where it is received.
+    """
     out: list[list[int]] = []
     open_packet: dict[str, list[int]] = {}
-    for index, type in enumerate(types):
-        small = 0 < type.bytes <= SMALL_BYTES and all(p == B for p in type.placement or ())
+    for index, (type, other) in enumerate(ends):
+        placements = (*(type.placement or ()), *(other.placement or ()))
+        small = 0 < type.bytes <= SMALL_BYTES and all(p == B for p in placements)
         if small and type.dtype in open_packet:
             open_packet[type.dtype].append(index)
             continue

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
+from ..ir.crossing import far_attrs
 from ..ir.module import Attr, Function, Module, Namer, Op, Value
 from ..ir.types import B, Mesh, P, Placement, TensorType
 from .micro import LOOP, PHASES, TimeSplit
@@ -35,7 +36,7 @@ def schedule_stages(
     orders: Sequence[Order],
     *,
     in_flight: int = 4,
-    cost: StepCost | None = None,
+    cost: StepCost | Sequence[StepCost | None] | None = None,
     phases: Sequence[Sequence[str] | None] = (),
 ) -> tuple[Module, ...]:
     """The schedules of all stages.
@@ -43,17 +44,20 @@ def schedule_stages(
     Args:
         split: the program over time.
         part_of: the part (virtual stage) of each op of its entry, as for `cut`.
-        placed: the placed module of each part, for the first micro-batch.
+        placed: the placed module of each part, for the first micro-batch. The parts of a stage have
+            one mesh, stages may differ.
         orders: for each stage its slots; part p belongs to stage `p % len(orders)`.
         in_flight: collectives inside of a stage that run at a time.
-        cost: times of collectives, for the choice of reshard paths.
+        cost: times of collectives, of all parts or of each, for the choice of reshard paths.
         phases: for each part those of the ops of its placed entry, where a search has decided
             them: what is gathered once, and what for each micro-batch again.
 
     Raises CompileError W0404.
     """
     sizes = list(dict.fromkeys(split.sizes))
-    lowered = lower_stages(split, part_of, placed, cost)
+    costs = cost if isinstance(cost, Sequence) else [cost] * len(placed)
+    lowered = lower_stages(split, part_of, placed, costs)
+    ends = _ends(lowered)
     meant = [phases_meant(module, own) for module, own in zip_longest(placed, phases)]
     levels = levels_of([stage for stage, _ in lowered[sizes[0]]])
     messages = _messages([stage for stage, _ in lowered[sizes[0]]], len(orders), split.count)
@@ -66,10 +70,28 @@ def schedule_stages(
         ]
         parts, kernels = make_parts(table)
         keys = [(rows, part) for rows in sizes for part in mine]
-        writer = _Writer(split, number, len(orders), dict(zip(keys, parts, strict=True)), kernels)
+        table_of = dict(zip(keys, parts, strict=True))
+        writer = _Writer(split, number, len(orders), table_of, kernels, ends)
         module = writer.write(order, timing, levels)
         out.append(Schedule(in_flight).run(module))
     return tuple(out)
+
+
+def _ends(lowered: Mapping[int, Sequence[tuple[StageModule, Module]]]) -> _Ends:
+    """Both ends of every transfer, for each size of micro-batch."""
+    out: _Ends = {}
+    for rows, parts in lowered.items():
+        for number, (_, module) in enumerate(parts):
+            entry = module.entry
+            for value, attrs in zip(entry.results, entry.result_attrs, strict=True):
+                if attrs["role"] != "sent":
+                    continue
+                name, target = str(attrs["name"]), int(attrs["to"])  # type: ignore[arg-type]
+                there = parts[target][1]
+                other = next(v.type for v in there.entry.params if v.name == name)
+                meshes = module.mesh or Mesh(), there.mesh or Mesh()
+                out[rows, name, number, target] = (meshes[0], value.type), (meshes[1], other)
+    return out
 
 
 def _messages(parts: Sequence[StageModule], stages: int, micro: int) -> list[Message]:
@@ -95,6 +117,11 @@ def _first_read(part: StageModule, transfer: Transfer) -> str:
     return FORWARD if FORWARD in phases else "backward"
 
 
+_End = tuple[Mesh, TensorType]
+#: (rows of a micro-batch, value, part that sends it, part that receives it) -> mesh and type there
+_Ends = dict[tuple[int, str, int, int], tuple[_End, _End]]
+
+
 @dataclass(frozen=True)
 class _Key:
     """Where a value belongs: a part, and a micro-batch or -1."""
@@ -113,8 +140,9 @@ class _Writer:
         stages: int,
         parts: Mapping[tuple[int, int], Part],
         kernels: Sequence[Function],
+        ends: _Ends,
     ) -> None:
-        self.split, self.stage, self.stages = split, stage, stages
+        self.split, self.stage, self.stages, self.ends = split, stage, stages, ends
         self.parts, self.kernels = parts, {f.name: f for f in kernels}
         self.numbers = sorted({part for _, part in parts})
         self.mesh = Mesh()
@@ -272,23 +300,37 @@ class _Writer:
                 return result.name
         raise KeyError(value)
 
+    def end_types(self, message: Message) -> tuple[_End, _End]:
+        """Mesh and type of a message where it is sent and where it is received."""
+        rows = self.split.sizes[max(message.micro, 0)]
+        return self.ends[rows, message.value, message.source, message.target]
+
+    def transfer_attrs(self, message: Message, packet: Sequence[Message] = ()) -> dict[str, Attr]:
+        """The attributes of a transfer's end on this stage: of a message, or of a packet."""
+        one, two = (stage_of(part, self.stages) for part in (message.source, message.target))
+        sends = one == self.stage
+        attrs: dict[str, Attr] = {"to": two} if sends else {"source": one}
+        attrs.update({"tag": self._tag(one, two), "async": True})
+        (mesh, type), (other, far) = self.end_types(message)[:: 1 if sends else -1]
+        if mesh.sizes != other.sizes:
+            if packet:
+                far = flat_type([self.end_types(m)[sends][1] for m in packet])
+            attrs.update(far_attrs(other, far))
+        return attrs
+
     def send(self, message: Message) -> None:
         """Start a send."""
         part = self.part(message.source, message.micro)
         name = self.sent_name(part, message.value, message.target)
         value = self.get(message.source, message.micro, name)
-        to = stage_of(message.target, self.stages)
-        attrs: dict[str, Attr] = {"to": to, "tag": self._tag(self.stage, to), "async": True}
+        attrs = self.transfer_attrs(message)
         self.handles["send", message] = self.emit("send", (value,), value, f"{name}_send", attrs)
 
     def start(self, message: Message) -> None:
         """Start a receive."""
         part = self.part(message.target, message.micro)
         value = next(v for v in part.entry.params if v.name == message.value)
-        source = stage_of(message.source, self.stages)
-        attrs: dict[str, Attr] = {
-            "source": source, "tag": self._tag(source, self.stage), "async": True
-        }  # fmt: skip
+        attrs = self.transfer_attrs(message)
         self.handles["recv", message] = self.emit("recv", (), value, f"{value.name}_recv", attrs)
 
     def wait(self, kind: str, message: Message) -> None:
@@ -405,17 +447,10 @@ class _Writer:
             channels.setdefault(ends, []).append(message)
         out = []
         for channel in channels.values():
-            types = [self._sent_type(message) for message in channel]
+            both = [self.end_types(message) for message in channel]
+            types = [(one, two) for (_, one), (_, two) in both]
             out += [[channel[i] for i in packet] for packet in packets(types)]
         return out
-
-    def _sent_type(self, message: Message) -> TensorType:
-        """The type of what a message carries; this stage has one of its ends."""
-        if stage_of(message.target, self.stages) == self.stage:
-            return self._received(message).type
-        part = self.part(message.source)
-        name = self.sent_name(part, message.value, message.target)
-        return next(v.type for v in part.entry.results if v.name == name)
 
     def _received(self, message: Message) -> Value:
         part = self.part(message.target)
@@ -430,8 +465,7 @@ class _Writer:
             for m in packet
         ]
         whole = joined(self._emit_as, values)
-        to = stage_of(packet[0].target, self.stages)
-        attrs: dict[str, Attr] = {"to": to, "tag": self._tag(self.stage, to), "async": True}
+        attrs = self.transfer_attrs(packet[0], packet)
         self.handles["send", packet[0]] = self.emit("send", (whole,), whole, "packet_send", attrs)
 
     def _start_packet(self, packet: Sequence[Message]) -> None:
@@ -439,9 +473,7 @@ class _Writer:
             self.start(packet[0])
             return
         like = Value("packet", flat_type([self._received(m).type for m in packet]))
-        source = stage_of(packet[0].source, self.stages)
-        tag = self._tag(source, self.stage)
-        attrs: dict[str, Attr] = {"source": source, "tag": tag, "async": True}
+        attrs = self.transfer_attrs(packet[0], packet)
         self.handles["recv", packet[0]] = self.emit("recv", (), like, "packet_recv", attrs)
 
     def _wait_packet(self, packet: Sequence[Message]) -> None:

@@ -14,9 +14,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..ir.crossing import box_of, crosses, far_end, inside, op_pieces
 from ..ir.errors import RunError
 from ..ir.module import Op
-from ..ir.types import Mesh, shard_offset, shard_size
+from ..ir.types import Mesh, local_shape, shard_offset, shard_size
 from .shards import combine_terms, neutral
 
 Ranks = Sequence[Tensor]
@@ -141,7 +142,7 @@ def run_collective(
     """
     attrs: Mapping[str, object] = op.attrs
     if op.name in ("send", "recv"):
-        return _message(op, values, {} if mail is None else mail, stage)
+        return _message(op, values, mesh, {} if mail is None else mail, stage)
     axis = str(attrs["axis"])
     named = {
         key: attrs[key]
@@ -157,7 +158,7 @@ def run_collective(
     return COLLECTIVES[op.name](values, mesh, axis, **named)
 
 
-def _message(op: Op, values: Ranks, mail: Mailbox, stage: int) -> list[Tensor]:
+def _message(op: Op, values: Ranks, mesh: Mesh, mail: Mailbox, stage: int) -> list[Tensor]:
     tag = int(op.attrs.get("tag", 0))  # type: ignore[arg-type]
     if op.name == "send":
         to = int(op.attrs["to"])  # type: ignore[arg-type]
@@ -166,7 +167,26 @@ def _message(op: Op, values: Ranks, mail: Mailbox, stage: int) -> list[Tensor]:
     waiting = mail.get((int(op.attrs["source"]), stage, tag))  # type: ignore[arg-type]
     if not waiting:
         raise RunError("W0803", f"stage {stage} receives tag {tag}, which nothing has sent")
-    return waiting.pop(0)
+    sent = waiting.pop(0)
+    return _crossed(op, sent, mesh) if crosses(op) else sent
+
+
+def _crossed(op: Op, sent: Ranks, mesh: Mesh) -> list[Tensor]:
+    """What the ranks of a stage put together from the pieces that the ranks of another one send.
+
+    What no piece covers is NaN, or -1.
+    """
+    own, (there, type) = op.result.type, far_end(op)
+    odd = float("nan") if sent[0].is_floating_point() else -1
+    out = [sent[0].new_full(local_shape(own, mesh, coord), odd) for coord in mesh.coords()]
+    for piece in op_pieces(op, mesh):
+        source = inside(piece.box, box_of(type, there, there.coord(piece.source)))
+        target = inside(piece.box, box_of(own, mesh, mesh.coord(piece.target)))
+        got, place = sent[piece.source], out[piece.target]
+        for dim, ((start, size), (here, _)) in enumerate(zip(source, target, strict=True)):
+            got, place = got.narrow(dim, start, size), place.narrow(dim, here, size)
+        place.copy_(got)
+    return out
 
 
 #: op name -> its meaning, `f(values, mesh, axis, **attributes)`

@@ -14,13 +14,13 @@ from typing import Any
 from torch import Tensor
 
 from ..ir.errors import RunError
-from ..ir.types import Mesh
 from .artifact import Artifact
 from .checkpoint import Checkpoints
 from .comm import TIMEOUT_S, Comm
 from .kernels import load_kernels
 from .launch import init_from_env
 from .program import Program
+from .stage_map import ranks_of
 
 
 class Executable:
@@ -43,17 +43,18 @@ class Executable:
     ) -> None:  # fmt: skip
         self.artifact = artifact
         modules = artifact.schedules()
-        mesh = modules[0].mesh or Mesh()
-        ranks = mesh.size * len(modules)
+        ranks = ranks_of(modules)
+        kinds = {mesh.device for mesh in ranks.meshes}
+        kind = "cpu" if "cpu" in kinds else ranks.meshes[0].device  # gloo where some stage has no GPU
         with ExitStack() as stack:
-            world = stack.enter_context(init_from_env(mesh.device, timeout_s=timeout_s))
+            world = stack.enter_context(init_from_env(kind, timeout_s=timeout_s))
             self.rank, self.world_size = world.rank, world.size
-            if world.size != ranks:
-                raise world_mismatch(artifact.path, ranks, world.size)
-            comm = Comm(mesh, stages=len(modules), timeout_s=timeout_s)
+            if world.size != ranks.size:
+                raise world_mismatch(artifact.path, ranks.size, world.size)
+            comm = Comm(ranks.meshes, timeout_s=timeout_s)
             on_gpu = world.device.type == "cuda"
-            folder = kernel_folder(artifact.path, len(modules), world.rank // mesh.size)
-            kernels = load_kernels(folder) if on_gpu else None
+            folder = kernel_folder(artifact.path, len(modules), comm.stage)
+            kernels = load_kernels(folder, world.device) if on_gpu else None
             self.program = Program(
                 modules, comm, world.device, kernels=kernels, timeout_s=timeout_s,
                 check_finite=check_finite, cpu_backend=cpu_backend,

@@ -78,8 +78,9 @@ class Executor:
         self.module, self.function = module, module.entry
         self.mesh = module.mesh or Mesh()
         if len(stages) > 1:
-            entries = [stage.entry for stage in stages for _ in range(self.mesh.size)]
-            check(dict(enumerate(entries)), self.mesh)
+            meshes = [stage.mesh or Mesh() for stage in stages]
+            entries = [s.entry for s, m in zip(stages, meshes, strict=True) for _ in range(m.size)]
+            check(dict(enumerate(entries)), meshes)
         else:
             check(module, self.mesh)
         self.comm = comm or Comm(self.mesh, rank)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..ir.errors import RunError
+from ..ir.stage_ranks import StageRanks
 from ..ir.types import Mesh, TensorType, local_shape
 from .watch import together, watch
 
@@ -42,29 +43,32 @@ class Groups:
     """The process groups of one rank on a mesh, one for each axis of more than one rank.
 
     Args:
-        mesh: the mesh of the plan.
+        mesh: the mesh of the plan, or that of each pipeline stage.
         rank: this rank; that of torch.distributed by default.
-        stages: pipeline stages, each with a mesh of its own; stage i owns ranks i * mesh.size on.
         timeout_s: how long a collective may wait for the other ranks.
+
+    Attributes:
+        ranks: the ranks of all stages.
+        mesh, stage, coord: of this rank.
 
     Raises RunError W0801 when the mesh needs another number of ranks than there are.
     """
 
     def __init__(
         self,
-        mesh: Mesh,
+        mesh: Mesh | Sequence[Mesh],
         rank: int | None = None,
         *,
-        stages: int = 1,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
-        self.mesh, self.timeout_s = mesh, timeout_s
+        self.ranks, self.timeout_s = StageRanks.of(mesh), timeout_s
         self.distributed = dist.is_available() and dist.is_initialized()
-        check_world(mesh, stages)
+        check_world(self.ranks)
         self.rank = rank if rank is not None else dist.get_rank() if self.distributed else 0
-        self.coord = mesh.coord(self.rank % mesh.size)
+        self.stage = self.ranks.stage(self.rank)
+        self.mesh, self.coord = self.ranks.meshes[self.stage], self.ranks.coord(self.rank)
         self._members: dict[str, tuple[int, ...]] = {}
-        self._groups = {name: self._new_group(name) for name in mesh.names}
+        self._groups = {name: self._new_group(name) for name in self.mesh.names}
         self.nccl = self.distributed and dist.get_backend() == "nccl"
         self.watch = watch()
         self.device_mesh: Any = None  # a DeviceMesh, once one is asked for or given
@@ -95,14 +99,13 @@ class Groups:
     def members(self, axis: str) -> tuple[int, ...]:
         """The ranks of this rank's process group along an axis."""
         if axis not in self._members:
-            base = self.rank - self.rank % self.mesh.size
-            ranks = self.mesh.group(self.rank % self.mesh.size, [axis])
-            self._members[axis] = tuple(base + rank for rank in ranks)
+            places = self.mesh.group(self.ranks.place(self.rank), [axis])
+            self._members[axis] = tuple(self.ranks.rank(self.stage, place) for place in places)
         return self._members[axis]
 
     def coords(self, axis: str) -> list[tuple[int, ...]]:
         """The mesh coordinates of the members of this rank's group along an axis."""
-        return [self.mesh.coord(rank % self.mesh.size) for rank in self.members(axis)]
+        return [self.ranks.coord(rank) for rank in self.members(axis)]
 
     def position(self, axis: str) -> int:
         """This rank's coordinate along an axis."""
@@ -135,14 +138,18 @@ def adopt_group(ranks: tuple[int, ...], group: Any, timeout_s: float = TIMEOUT_S
     _GROUPS[ranks, timeout_s] = (dist.group.WORLD, group)
 
 
-def check_world(mesh: Mesh, stages: int = 1) -> None:
-    """Raise RunError W0801 when the world does not have the ranks that a mesh needs."""
+def check_world(ranks: StageRanks) -> None:
+    """Raise RunError W0801 when the world does not have the ranks that a plan needs."""
     world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    needed = mesh.size * stages
+    needed = ranks.size
     if world != needed:
-        axes = ", ".join(f"{name}={size}" for name, size in mesh.axes) or "no axes"
+        shapes = dict.fromkeys(
+            ", ".join(f"{name}={size}" for name, size in mesh.axes) or "no axes"
+            for mesh in ranks.meshes
+        )
         raise RunError(
-            "W0801", f"the plan is for {needed} ranks ({axes}), this run has {world}",
+            "W0801",
+            f"the plan is for {needed} ranks ({'; '.join(shapes)}), this run has {world}",
             reason="each rank's part of every tensor was fixed when the plan was made",
             hint=f"start it with: torchrun --nproc-per-node {needed} -m weft run ..., "
             f"or compile again for a cluster of {world} devices",

@@ -26,13 +26,13 @@ from torch import Tensor
 
 from ..ir.errors import RunError
 from ..ir.module import Function, Module, Value
-from ..ir.types import Mesh, TensorType
+from ..ir.types import TensorType
 from .comm import TIMEOUT_S, Comm
 from .context import TORCH_DTYPES
 from .executor import Executor
 from .heap import LEAST_BYTES, idle_heap, trim
 from .schedule_check import check
-from .stage_map import StageMap
+from .stage_map import StageMap, ranks_of
 from .trace import Trace
 from .watch import together
 from .wrapper import Kernel
@@ -58,8 +58,7 @@ class Program:
     """A schedule-level module on one rank. All ranks make the same calls in the same order.
 
     Args:
-        module: the plan; the schedule of each stage where it has several, stage i for the ranks
-            `i * mesh.size ...`.
+        module: the plan; the schedule of each stage where it has several (see `StageRanks`).
         comm: this rank's communication; made from torch.distributed by default.
         device: where this rank's tensors live.
         kernels: compiled kernels by name.
@@ -83,10 +82,9 @@ class Program:
         cpu_backend: str = "eager",
     ) -> None:
         modules = (module,) if isinstance(module, Module) else tuple(module)
-        mesh = modules[0].mesh or Mesh()
-        self.comm = comm or Comm(mesh, stages=len(modules), timeout_s=timeout_s)
+        self.comm = comm or Comm(ranks_of(modules).meshes, timeout_s=timeout_s)
         same_plan(modules, self.comm)
-        self.map = StageMap(modules, self.comm.rank // mesh.size % len(modules))
+        self.map = StageMap(modules, self.comm.stage)
         module = modules[self.map.stage]
         self.executor = Executor(
             module, comm=self.comm, device=device, kernels=kernels, check_finite=check_finite,
@@ -446,10 +444,10 @@ def same_plan(modules: Sequence[Module], comm: Comm) -> None:
         dist.all_gather_object(digests, digest)
     if len(set(digests)) == 1:
         return
-    entry = modules[comm.rank // comm.mesh.size % len(modules)].entry
+    entry = modules[comm.stage].entry
     functions: list[Function] = [entry] * len(digests)
     dist.all_gather_object(functions, entry)
-    check(dict(enumerate(functions)), comm.mesh)  # says in detail what differs, if it matters
+    check(dict(enumerate(functions)), comm.ranks.meshes)  # says in detail what differs, if it matters
     odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
     raise RunError(
         "W0802", "the ranks hold different plans",

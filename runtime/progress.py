@@ -12,8 +12,9 @@ Node = tuple[object, ...]
 class Event:
     """A step of a rank that another rank can hold up: the start of a transfer, or a wait for it.
 
-    `group` is the mesh axis of a collective, or ("send" | "recv", the partner's stage);
-    `number` counts the transfers of that group in this program.
+    `group` is the mesh axis of a collective, or ("send" | "recv", the partner's stage), where that has
+    a mesh of another shape ("send across" | "recv across", the stage); `number` counts the transfers
+    of that group in this program.
     """
 
     index: int

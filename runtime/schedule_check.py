@@ -9,7 +9,8 @@ the only defence. It proves, for the programs of all ranks together:
 2. *agreement*: the members of a process group run the same sequence of (id, op, dtype, shape,
    reduce-op, root, ...); the id of a collective is the name of its result;
 3. *partners*: between two ranks the sends and the receives are the same sequence of (tag, dtype,
-   shape), each tag once;
+   shape), each tag once; between stages whose meshes have different shapes they are the same
+   sequence of (tag, type and mesh of both ends), and all ranks of a stage run one program;
 4. *progress*: no cycle in the graph below, so that no rank waits for ever.
 
 The graph of (4) has, for each transfer, start nodes, one `done` node, and wait nodes. Edges: the
@@ -26,11 +27,14 @@ over all ranks has one. The cost is O(ranks * axes) plus the length of the *dist
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
+from ..ir.crossing import crosses, far_end, own_type, wrong_ends
 from ..ir.errors import RunError
 from ..ir.module import Function, Module, Op
+from ..ir.stage_ranks import StageRanks
 from ..ir.types import Mesh
 from .lifetimes import check_lifetimes, describe, show_ranks
 from .progress import Event, Progress
@@ -45,9 +49,10 @@ COLLECTIVES = frozenset({
 
 @dataclass
 class Program:
-    """A distinct program: its function, the ranks that run it, and its communication."""
+    """A distinct program: its function, its mesh, the ranks that run it, and its communication."""
 
     function: Function
+    mesh: Mesh
     ranks: list[int] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     transfers: dict[str | tuple[str, int], list[int]] = field(default_factory=dict)
@@ -57,52 +62,61 @@ class Program:
         return self.function.ops[index]
 
 
-def check(programs: Mapping[int, Function] | Module, mesh: Mesh | None = None) -> None:
+def check(
+    programs: Mapping[int, Function] | Module, mesh: Mesh | Sequence[Mesh] | None = None
+) -> None:
     """Prove that the schedules of all ranks fit together. Raises RunError W0802.
 
     Args:
-        programs: the entry function of each rank, ranks being `0 .. n - 1` and n a multiple of
-            the mesh size (pipeline stage i owns the ranks `i * mesh.size ...`); or a
-            schedule-level module, whose entry all ranks of its mesh run.
-        mesh: the mesh of one stage; the module's own by default.
+        programs: the entry function of each rank, ranks being `0 .. n - 1`; or a schedule-level
+            module, whose entry all ranks of its mesh run.
+        mesh: that of each pipeline stage (see `StageRanks`), or the one mesh that all stages have;
+            the module's own by default.
     """
     if isinstance(programs, Module):
-        mesh = mesh or programs.mesh
-        programs = dict.fromkeys(range((mesh or Mesh()).size), programs.entry)
+        mesh = mesh or programs.mesh or Mesh()
+        programs = dict.fromkeys(range(StageRanks.of(mesh).size), programs.entry)
     mesh = mesh or Mesh()
-    if not programs or sorted(programs) != list(range(len(programs))) or len(programs) % mesh.size:
+    if isinstance(mesh, Mesh):
+        mesh = (mesh,) * max(1, len(programs) // mesh.size)
+    ranks = StageRanks.of(mesh)
+    if not programs or sorted(programs) != list(range(ranks.size)):
         raise RunError(
-            "W0802", f"the plan has programs for {len(programs)} ranks, the mesh has {mesh.size}",
+            "W0802", f"the plan has programs for {len(programs)} ranks, its meshes have {ranks.size}",
             hint="give each rank of the mesh, and of each pipeline stage, a program",
         )  # fmt: skip
-    classes, of_rank = _distinct(programs)
+    classes, of_rank = _distinct(programs, ranks)
     for program in classes:
         check_lifetimes(program.function, show_ranks(program.ranks))
-        _communication(program, mesh)
-    world = _World(mesh, classes, of_rank)
+        _communication(program, program.mesh)
+    world = _World(ranks, classes, of_rank)
     world.check_groups()
     world.check_partners()
     world.check_progress()
 
 
-def _distinct(programs: Mapping[int, Function]) -> tuple[list[Program], list[int]]:
+def _distinct(
+    programs: Mapping[int, Function], ranks: StageRanks
+) -> tuple[list[Program], list[int]]:
     """The distinct programs, and for each rank the position of its own among them."""
     classes: list[Program] = []
-    by_id: dict[int, int] = {}
+    by_id: dict[tuple[int, Mesh], int] = {}
     by_size: dict[int, list[int]] = {}
     of_rank = []
-    for rank in range(len(programs)):
-        function = programs[rank]
-        found = by_id.get(id(function))
-        if found is None:
-            alike = by_size.setdefault(len(function.ops), [])
-            found = next((c for c in alike if classes[c].function == function), len(classes))
-            if found == len(classes):
-                classes.append(Program(function))
-                alike.append(found)
-            by_id[id(function)] = found
-        classes[found].ranks.append(rank)
-        of_rank.append(found)
+    for stage, mesh in enumerate(ranks.meshes):
+        for rank in ranks.ranks(stage):
+            function = programs[rank]
+            found = by_id.get((id(function), mesh))
+            if found is None:
+                alike = by_size.setdefault(len(function.ops), [])
+                same = (c for c in alike if classes[c].mesh == mesh and classes[c].function == function)
+                found = next(same, len(classes))
+                if found == len(classes):
+                    classes.append(Program(function, mesh))
+                    alike.append(found)
+                by_id[id(function), mesh] = found
+            classes[found].ranks.append(rank)
+            of_rank.append(found)
     return classes, of_rank
 
 
@@ -138,10 +152,11 @@ def _group_of(op: Op, mesh: Mesh, program: Program, index: int) -> str | tuple[s
                 reason=describe(program.function, index),
             )  # fmt: skip
         return axis
+    across = " across" if crosses(op) else ""
     if op.name == "send":
-        return ("send", int(op.attrs["to"]))  # type: ignore[arg-type]
+        return ("send" + across, int(op.attrs["to"]))  # type: ignore[arg-type]
     if op.name == "recv":
-        return ("recv", int(op.attrs["source"]))  # type: ignore[arg-type]
+        return ("recv" + across, int(op.attrs["source"]))  # type: ignore[arg-type]
     return None
 
 
@@ -165,6 +180,19 @@ def _facts(op: Op) -> dict[str, object]:
     return facts
 
 
+def _ends_differ(send: Op, mesh: Mesh, recv: Op, other: Mesh) -> str:
+    """What the two ends of a transfer between meshes of different shape mean differently."""
+    for op, own, there in ((send, mesh, recv), (recv, other, send)):
+        reason = wrong_ends(there)
+        if reason:
+            return reason
+        far_mesh, far_type = far_end(there)
+        if far_mesh.axes != own.axes or far_type != own_type(op):
+            return (f"{op.name} has {own_type(op)} on {dict(own.axes)}, its other end says "
+                    f"{far_type} on {dict(far_mesh.axes)}")  # fmt: skip
+    return ""
+
+
 def _show_placement(placement: Iterable[object] | None) -> str:
     return "{" + ", ".join(map(str, placement or ())) + "}"
 
@@ -172,31 +200,32 @@ def _show_placement(placement: Iterable[object] | None) -> str:
 class _World:
     """All ranks with their programs, and the checks that need more than one of them."""
 
-    def __init__(self, mesh: Mesh, classes: list[Program], of_rank: list[int]) -> None:
-        self.mesh, self.classes, self.of_rank = mesh, classes, of_rank
-        self.stages = len(of_rank) // mesh.size
-        self.strides: dict[str, int] = {}
-        stride = mesh.size
-        for name, size in mesh.axes:
-            stride //= size
-            self.strides[name] = stride
+    def __init__(self, ranks: StageRanks, classes: list[Program], of_rank: list[int]) -> None:
+        self.ranks, self.classes, self.of_rank = ranks, classes, of_rank
+        self.stages = ranks.count
+        self.axes = tuple(dict.fromkeys(name for mesh in ranks.meshes for name in mesh.names))
 
     def groups(self, axis: str) -> Iterable[range]:
-        """The ranks of each process group of an axis."""
-        stride, size = self.strides[axis], self.mesh.sizes[self.mesh.axis(axis)]
-        for base in range(0, len(self.of_rank), stride * size):
-            for first in range(base, base + stride):
-                yield range(first, first + stride * size, stride)
+        """The ranks of each process group of an axis, in all stages that have it."""
+        for stage, mesh in enumerate(self.ranks.meshes):
+            if axis not in mesh.names:
+                continue
+            position = mesh.axis(axis)
+            size, stride = mesh.sizes[position], prod(mesh.sizes[position + 1 :])
+            every = self.ranks.ranks(stage)
+            for base in range(every.start, every.stop, stride * size):
+                for first in range(base, base + stride):
+                    yield range(first, first + stride * size, stride)
 
     def partner(self, rank: int, stage: int) -> int:
         """The rank at the same mesh coordinate in another stage."""
-        return stage * self.mesh.size + rank % self.mesh.size
+        return self.ranks.rank(stage, self.ranks.place(rank))
 
     # -- agreement --------------------------------------------------------------------------
 
     def check_groups(self) -> None:
         """The members of each process group run the same sequence of collectives."""
-        for axis in self.mesh.names:
+        for axis in self.axes:
             seen: set[frozenset[int]] = set()
             for ranks in self.groups(axis):
                 members = frozenset(self.of_rank[rank] for rank in ranks)
@@ -245,31 +274,55 @@ class _World:
         if not any(isinstance(group, tuple) for c in self.classes for group in c.transfers):
             return
         seen: set[tuple[int, int, int, int]] = set()
-        for rank, number in enumerate(self.of_rank):
-            here = rank // self.mesh.size
-            for group, indices in self.classes[number].transfers.items():
-                if not isinstance(group, tuple):
-                    continue
-                kind, stage = group
-                if not 0 <= stage < self.stages or stage == here:
-                    raise RunError(
-                        "W0802", f"rank {rank}: {kind} with stage {stage}, which is "
-                        + ("its own" if stage == here else f"not one of {self.stages}"),
-                        reason=describe(self.classes[number].function, indices[0]),
-                    )  # fmt: skip
-                other = self.partner(rank, stage)
-                source, target = (rank, other) if kind == "send" else (other, rank)
-                low, high = sorted((here, stage))
-                key = (self.of_rank[source], self.of_rank[target], low, high)
-                if key not in seen:
-                    seen.add(key)
-                    self._same_channel(source, target)
+        for here in range(self.stages):
+            for rank in self.ranks.ranks(here):
+                for group, indices in self.classes[self.of_rank[rank]].transfers.items():
+                    if not isinstance(group, tuple):
+                        continue
+                    kind, stage = group
+                    other = self._other(rank, here, kind, stage, indices[0])
+                    sends = kind.startswith("send")
+                    source, target = (rank, other) if sends else (other, rank)
+                    low, high = sorted((here, stage))
+                    key = (self.of_rank[source], self.of_rank[target], low, high)
+                    if key not in seen:
+                        seen.add(key)
+                        self._same_channel(source, target, kind[4:])
 
-    def _same_channel(self, source: int, target: int) -> None:
+    def _other(self, rank: int, here: int, kind: str, stage: int, index: int) -> int:
+        """A rank that one exchanges values with. Raises RunError W0802 where there is none."""
+        function = self.classes[self.of_rank[rank]].function
+        if not 0 <= stage < self.stages or stage == here:
+            raise RunError(
+                "W0802", f"rank {rank}: {kind} with stage {stage}, which is "
+                + ("its own" if stage == here else f"not one of {self.stages}"),
+                reason=describe(function, index),
+            )  # fmt: skip
+        if not kind.endswith("across"):
+            if self.ranks.meshes[stage].sizes == self.ranks.meshes[here].sizes:
+                return self.partner(rank, stage)
+            raise RunError(
+                "W0802", f"rank {rank}: {kind} with stage {stage}, whose mesh has another shape",
+                reason=describe(function, index), hint=_HINT,
+            )  # fmt: skip
+        for number in (here, stage):
+            ranks = self.ranks.ranks(number)
+            odd = [r for r in ranks if self.of_rank[r] != self.of_rank[ranks.start]]
+            if odd:
+                raise RunError(
+                    "W0802", f"ranks {ranks.start} and {odd[0]} of stage {number} run different "
+                    "programs, which exchange values with a mesh of another shape",
+                    reason=describe(function, index), hint=_HINT,
+                )  # fmt: skip
+        return self.ranks.firsts[stage]
+
+    def _same_channel(self, source: int, target: int, across: str = "") -> None:
         left, right = self.classes[self.of_rank[source]], self.classes[self.of_rank[target]]
-        sends = left.transfers.get(("send", target // self.mesh.size), [])
-        recvs = right.transfers.get(("recv", source // self.mesh.size), [])
+        sends = left.transfers.get(("send" + across, self.ranks.stage(target)), [])
+        recvs = right.transfers.get(("recv" + across, self.ranks.stage(source)), [])
         where = f"from rank {source} to rank {target}"
+        if across:
+            where = f"from stage {self.ranks.stage(source)} to stage {self.ranks.stage(target)}"
         tags: set[object] = set()
         for number, (i, j) in enumerate(zip(sends, recvs, strict=False)):
             one, two = left.op(i), right.op(j)
@@ -279,7 +332,9 @@ class _World:
             sent, received = one.operands[0].type, two.results[0].type
             if tag != two.attrs.get("tag", 0):
                 what = f"tag {tag} is sent, tag {two.attrs.get('tag', 0)} is expected"
-            elif sent != received:
+            elif across and (wrong := _ends_differ(one, left.mesh, two, right.mesh)):
+                what = wrong
+            elif not across and sent != received:
                 what = f"{sent} is sent, {received} is expected"
             elif tag in tags:
                 what = f"tag {tag} is used twice, so an exchange of the two would go unnoticed"
@@ -302,7 +357,7 @@ class _World:
         colour, count = list(self.of_rank), len(self.classes)
         while True:
             keys: list[list[object]] = [[c] for c in colour]
-            for axis in self.mesh.names:
+            for axis in self.axes:
                 for ranks in self.groups(axis):
                     around = tuple(colour[rank] for rank in ranks)
                     around = around[:1] if len(set(around)) == 1 else around
@@ -311,7 +366,9 @@ class _World:
             for rank, number in enumerate(self.of_rank):
                 for group in self.classes[number].transfers:
                     if isinstance(group, tuple):
-                        keys[rank].append((group, colour[self.partner(rank, group[1])]))
+                        across = group[0].endswith("across")
+                        near = self.ranks.stage(rank) if across else colour[self.partner(rank, group[1])]
+                        keys[rank].append((group, near))
             table: dict[tuple[object, ...], int] = {}
             colour = [table.setdefault(tuple(key), len(table)) for key in keys]
             if len(table) == count:
@@ -325,7 +382,7 @@ class _World:
         for rank, c in enumerate(colour):
             sample.setdefault(c, rank)
         around: dict[tuple[str, int], tuple[int, ...]] = {}
-        for axis in self.mesh.names:
+        for axis in self.axes:
             for ranks in self.groups(axis):
                 members = tuple(colour[rank] for rank in ranks)
                 for rank in ranks:
@@ -339,6 +396,9 @@ class _World:
                 if isinstance(event.group, str):
                     return (event.group, around[event.group, rank])
                 kind, stage = event.group
+                if kind.endswith("across"):
+                    ends = (self.ranks.stage(rank), stage)
+                    return ("across", *(ends if kind.startswith("send") else ends[::-1]))
                 pair = (colour[rank], colour[self.partner(rank, stage)])
                 return ("p2p", *(pair if kind == "send" else pair[::-1]))
 

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..ir.module import Attr, Function, Module, Value
-from ..ir.types import TensorType
+from ..ir.stage_ranks import StageRanks
+from ..ir.types import Mesh, TensorType
 from .context import TORCH_DTYPES
 from .groups import Groups
 from .lifetimes import PERSISTENT
@@ -35,6 +36,11 @@ class Result:
 
     type: TensorType
     stage: int
+
+
+def ranks_of(modules: Sequence[Module]) -> StageRanks:
+    """The ranks of all stages of a plan."""
+    return StageRanks(tuple(module.mesh or Mesh() for module in modules))
 
 
 def whole_type(value: Value, attrs: Mapping[str, Attr]) -> TensorType:
@@ -142,7 +148,7 @@ class StageMap:
             mine = torch.empty(type.shape, dtype=TORCH_DTYPES[type.dtype], device=device)
         mine = mine.contiguous()
         if mine.numel():
-            dist.broadcast(mine.view(-1).view(torch.uint8), stage * comm.mesh.size)
+            dist.broadcast(mine.view(-1).view(torch.uint8), comm.ranks.firsts[stage])
         return mine
 
 
@@ -157,4 +163,4 @@ def _number(place: int, attrs: Mapping[str, Attr]) -> int:
     return number
 
 
-__all__ = ["FED", "StageMap", "result_places", "whole_type"]
+__all__ = ["FED", "StageMap", "ranks_of", "result_places", "whole_type"]

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..ir.crossing import box_of, crosses, inside, op_pieces
 from ..ir.module import Op
 from ..ir.types import DTYPES, Placement, TensorType, local_range, local_shape
 from .context import TORCH_DTYPES
@@ -251,7 +252,9 @@ def _lse_combine(comm: Groups, op: Op) -> Start:
 
 
 def _send(comm: Groups, op: Op) -> Start:
-    peer = _int(op, "to") * comm.mesh.size + comm.rank % comm.mesh.size
+    if crosses(op):
+        return _send_across(comm, op)
+    peer = comm.ranks.rank(_int(op, "to"), comm.ranks.place(comm.rank))
     tag = _int(op, "tag")
 
     def start(x: Tensor) -> Pending:
@@ -262,7 +265,9 @@ def _send(comm: Groups, op: Op) -> Start:
 
 
 def _recv(comm: Groups, op: Op) -> Start:
-    peer = _int(op, "source") * comm.mesh.size + comm.rank % comm.mesh.size
+    if crosses(op):
+        return _recv_across(comm, op)
+    peer = comm.ranks.rank(_int(op, "source"), comm.ranks.place(comm.rank))
     type, tag = op.result.type, _int(op, "tag")
     shape, dtype = comm.shape(type), TORCH_DTYPES[type.dtype]
 
@@ -272,6 +277,64 @@ def _recv(comm: Groups, op: Op) -> Start:
         return Pending((dist.irecv(_flat(out), peer, tag=tag),), lambda: out)
 
     return start
+
+
+def _send_across(comm: Groups, op: Op) -> Start:
+    """To each rank of the other mesh the piece of this rank's shard that it takes from here."""
+    stage, tag, place = _int(op, "to"), _int(op, "tag"), comm.ranks.place(comm.rank)
+    here = box_of(op.operands[0].type, comm.mesh, comm.coord)
+    parts = [
+        (comm.ranks.rank(stage, piece.target), inside(piece.box, here))
+        for piece in op_pieces(op, comm.mesh)
+        if piece.source == place
+    ]
+
+    def start(x: Tensor) -> Pending:
+        sent = [(_flat(_part(x, part)), peer) for peer, part in parts]
+        works = [dist.isend(piece, peer, tag=tag) for piece, peer in sent]
+        return Pending(works, lambda: x, sent)
+
+    return start
+
+
+def _recv_across(comm: Groups, op: Op) -> Start:
+    """The pieces of this rank's shard, each from the rank of the other mesh that sends it."""
+    stage, tag, place = _int(op, "source"), _int(op, "tag"), comm.ranks.place(comm.rank)
+    type = op.result.type
+    here, shape, dtype = box_of(type, comm.mesh, comm.coord), comm.shape(type), TORCH_DTYPES[type.dtype]
+    parts = [
+        (comm.ranks.rank(stage, piece.source), inside(piece.box, here))
+        for piece in op_pieces(op, comm.mesh)
+        if piece.target == place
+    ]
+
+    def start() -> Pending:
+        device = torch.device("cuda", torch.cuda.current_device()) if comm.nccl else None
+        out = torch.empty(shape, dtype=dtype, device=device)
+        places = [_part(out, part) for _, part in parts]
+        taken = [p if p.is_contiguous() else torch.empty_like(
+            p, memory_format=torch.contiguous_format) for p in places]  # fmt: skip
+        works = [
+            dist.irecv(_flat(piece), peer, tag=tag)
+            for piece, (peer, _) in zip(taken, parts, strict=True)
+        ]
+
+        def finish() -> Tensor:
+            for whole, piece in zip(places, taken, strict=True):
+                if whole is not piece:
+                    whole.copy_(piece)
+            return out
+
+        return Pending(works, finish, taken)
+
+    return start
+
+
+def _part(x: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
+    """A view of (offset, size) of each dim."""
+    for dim, (offset, size) in enumerate(ranges):
+        x = x.narrow(dim, offset, size)
+    return x
 
 
 def _shard(comm: Groups, op: Op) -> Callable[..., Tensor]:

@@ -20,6 +20,8 @@ _SPMD = ("spmd", "schedule")
 _AXIS = {"axis": AttrSpec("str", doc="a mesh axis")}
 _TAG = {"tag": AttrSpec("int", 0, doc="tells transfers between the same stages apart")}
 _ASYNC = {"async": AttrSpec("bool", False, "schedule level: started here, done at its `wait`")}
+_FAR = {"mesh": AttrSpec("str", "", "the other stage's mesh, `dp=2, tp=2`, where it has another shape"),
+        "placement": AttrSpec("str", "", "the value's placement on that mesh, `S(0), B`")}  # fmt: skip
 _COMBINE = {"combine": AttrSpec("str", "sum", "sum, max or min")}
 
 
@@ -54,11 +56,13 @@ define(name="reshard", family="control", flops_per_point=0, levels=("placed",), 
        doc="the same value under another placement; `lower` picks the collectives",
        ref=_not_alone)  # fmt: skip
 define(name="send", family="collective", flops_per_point=0, levels=_SPMD, signature=None,
-       doc="send a value to the rank at the same mesh coordinate of stage `to`",
-       attrs={"to": AttrSpec("int", doc="a stage"), **_TAG, **_ASYNC}, ref=_not_alone)  # fmt: skip
+       doc="send a value to stage `to`: to the rank at the same mesh coordinate, or, where that stage "
+           "has a mesh of another shape, to each of its ranks the pieces of its shard (ir/crossing.py)",
+       attrs={"to": AttrSpec("int", doc="a stage"), **_TAG, **_ASYNC, **_FAR}, ref=_not_alone)  # fmt: skip
 define(name="recv", family="collective", flops_per_point=0, levels=_SPMD, signature=None,
-       doc="receive a value from the rank at the same mesh coordinate of stage `source`",
-       attrs={"source": AttrSpec("int", doc="a stage"), **_TAG, **_ASYNC}, ref=_not_alone)  # fmt: skip
+       doc="receive a value from stage `source`: see `send`",
+       attrs={"source": AttrSpec("int", doc="a stage"), **_TAG, **_ASYNC, **_FAR},
+       ref=_not_alone)  # fmt: skip
 define(name="wait", family="control", flops_per_point=0, levels=("schedule",), signature=None,
        doc="the result of an asynchronous action, once it is done", ref=_not_alone)  # fmt: skip
 define(name="free", family="control", flops_per_point=0, levels=("schedule",), signature=None,

@@ -137,7 +137,7 @@ def collectives(world: World, argument: str) -> Report:
 def stages(world: World, argument: str) -> Report:
     """Two pipeline stages of two ranks: values go to the same coordinate of the other stage."""
     mesh = Mesh((("x", 2),))
-    comm = Comm(mesh, stages=2)
+    comm = Comm([mesh] * 2)
     stage = world.rank // 2
     value = Value("x", TensorType("f32", (3, 4), (S(0),)))
     peer = world.rank + 2 - 4 * stage
