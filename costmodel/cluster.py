@@ -7,17 +7,19 @@
                                   [links.inter]     bytes_per_s = 3.5e10  latency_s = 5e-6
                                   [links]           fabric = "nvlink4"
                                   [device]          memory_bytes = 6e10
-    either, @ a file about its device: a calibration (`weft calibrate`), or datasheet numbers in a
-    TOML file                     1x4:cpu@here.json   2x8:h100@newer.toml
+    what holds for one group      [groups.links.inter] and [groups.numbers] behind its [[groups]]
+    each group @ a file about its device: a calibration (`weft calibrate`), or datasheet numbers in a
+    TOML file                     1x4:cpu@here.json   2x8:h100@newer.toml+1x8:a100
 
-Ranks are numbered host by host. Every error is a CompileError W0501.
+Ranks are numbered host by host, group by group. Between hosts of two groups goes what the slower of
+their links carries. Every error is a CompileError W0501.
 """
 
 from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from functools import lru_cache
@@ -36,6 +38,8 @@ _MOST_GROUPS = 64
 #: characters of a specification that a message repeats
 _SHOWN = 80
 _SHORTHAND = re.compile(r"(\d{1,9})\s*[xX]\s*(\d{1,9})\s*:\s*([A-Za-z0-9_.-]+)")
+#: a + ahead of a group of the shorthand, not one in the name of a file
+_GROUPS = re.compile(r"\+(?=\s*\d+\s*[xX]\s*\d+\s*:)")
 #: more ranks than any cluster has; keeps typing errors from allocating
 _MOST_RANKS = 1 << 20
 
@@ -58,16 +62,32 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Cluster:
-    """Device groups and links.
+class Hardware:
+    """What a group's hosts are made of.
 
     Attributes:
-        groups: the device groups; planning takes one (see `homogeneous`).
-        device: the device of the first group, with what a file changed about it.
+        device: with what a file changed about it.
         intra: link between devices of a host.
         inter: link between hosts, per device.
         fabric: what joins the devices of a host, a key of `collectives_query.FABRICS`; that of the
             device kind by default.
+    """
+
+    device: Device
+    intra: Link
+    inter: Link
+    fabric: str = ""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Device groups and links.
+
+    Attributes:
+        groups: the device groups. A mesh lies on devices of one (see `homogeneous`), stages of a
+            pipeline may lie on several.
+        device, intra, inter, fabric: of the first group, see `Hardware`.
+        others: what the other groups are made of.
     """
 
     groups: tuple[Group, ...]
@@ -75,6 +95,24 @@ class Cluster:
     intra: Link
     inter: Link
     fabric: str = ""
+    others: tuple[Hardware, ...] = ()
+
+    @property
+    def hardware(self) -> tuple[Hardware, ...]:
+        """What each group is made of."""
+        return (Hardware(self.device, self.intra, self.inter, self.fabric), *self.others)
+
+    def part(self, number: int) -> Cluster:
+        """One group as a cluster."""
+        return joined(self.groups[number : number + 1], self.hardware[number : number + 1])
+
+    def in_order(self, numbers: Sequence[int]) -> Cluster:
+        """The groups in another order, in which their ranks are then numbered."""
+        return joined([self.groups[n] for n in numbers], [self.hardware[n] for n in numbers])
+
+    def host_groups(self) -> list[int]:
+        """The group of each host."""
+        return [n for n, group in enumerate(self.groups) for _ in range(group.hosts)]
 
     @property
     def ranks(self) -> int:
@@ -99,9 +137,10 @@ class Cluster:
         if len(self.groups) > 1:
             raise CompileError(
                 "W0501",
-                f"plans for mixed clusters are not supported: {self}",
-                reason="the search places a program on devices of one kind",
-                hint=f"use one group, for example --cluster {self.groups[0]}",
+                f"one mesh cannot lie on all of {self}",
+                reason="its devices and links are of several kinds, a mesh has one",
+                hint=f"ask for stages, for example --stages {len(self.groups)}, which may differ in "
+                f"kind, or use one group: --cluster {self.groups[0]}",
             )
         return self.groups[0]
 
@@ -147,7 +186,15 @@ def parse_cluster(text: str) -> Cluster:
             "W0501", "the cluster must be a text", reason=f"it is of type {type(text).__name__}",
             hint='write for example "2x8:h100", or the path of a .toml file',
         )  # fmt: skip
-    text, _, about = text.strip().partition("@")
+    text = text.strip()
+    pieces = _GROUPS.split(text, _MOST_GROUPS) if "@" in text else [text]
+    if len(pieces) > 1:
+        several = [parse_cluster(piece) for piece in pieces]
+        return joined(
+            [group for cluster in several for group in cluster.groups],
+            [hardware for cluster in several for hardware in cluster.hardware],
+        )
+    text, _, about = text.partition("@")
     if about:
         return _about(parse_cluster(text), Path(about))
     if text.endswith(".toml"):
@@ -183,8 +230,16 @@ def make_cluster(groups: tuple[Group, ...]) -> Cluster:
             "W0501", f"the groups have {sum(group.ranks for group in groups)} devices together",
             reason=f"at most {_MOST_RANKS} ranks are supported", hint="check the numbers of hosts",
         )  # fmt: skip
-    device = DEVICES[groups[0].kind]
-    return Cluster(groups, device, device.intra, device.inter)
+    devices = [DEVICES[group.kind] for group in groups]
+    return joined(groups, [Hardware(d, d.intra, d.inter) for d in devices])
+
+
+def joined(groups: Sequence[Group], hardware: Sequence[Hardware]) -> Cluster:
+    """A cluster of groups, and what each of them is made of."""
+    first, *others = hardware
+    return Cluster(
+        tuple(groups), first.device, first.intra, first.inter, first.fabric, tuple(others)
+    )
 
 
 def _parse_group(part: str, whole: str) -> Group:
@@ -235,6 +290,7 @@ def _group(kind: str, hosts: int, devices: int, where: str) -> Group:
 
 
 _TOP, _GROUP = ("name", "groups", "links", "device"), ("device", "hosts", "devices")
+_OF_GROUP = (*_GROUP, "links", "numbers")
 _LINKS = ("intra", "inter", "fabric")
 _DEVICE = ("memory_bytes", "dram_bytes_per_s", "launch_us", "flops_per_s", "cores")
 
@@ -295,10 +351,10 @@ def _from_file(path: Path) -> Cluster:
                    "hosts = 2 and devices = 8 under [[groups]]")  # fmt: skip
     if len(rows) > _MOST_GROUPS:
         raise _bad(path, f"has {len(rows)} groups", f"at most {_MOST_GROUPS} are supported")
-    groups = []
+    groups, changed = [], []
     for index, row in enumerate(rows):
         where = f"groups[{index}]"
-        row = _table(path, row, where, _GROUP)
+        row = _table(path, row, where, _OF_GROUP)
         for key in _GROUP:
             if key not in row:
                 raise _bad(path, f"{where} lacks {key!r}", f"it needs {', '.join(_GROUP)}")
@@ -306,34 +362,50 @@ def _from_file(path: Path) -> Cluster:
         if not isinstance(row["device"], str):
             raise _bad(path, f"{where}.device must be a text, got {_short(row['device'])}")
         groups.append(_group(row["device"].lower(), hosts, devices, f"in {path}"))
-    cluster = make_cluster(tuple(groups))
-    links = _table(path, data.get("links", {}), "links", _LINKS)
-    if "fabric" in links:
-        fabric = str(links["fabric"])
-        joined = check_fabric(fabric).devices
-        if any(group.devices > joined for group in groups):
-            raise _bad(path, f"links.fabric: {fabric} joins at most {joined} devices",
-                       f"a host has {max(g.devices for g in groups)}", "correct one of the two")  # fmt: skip
-        cluster = replace(cluster, fabric=fabric)
+        changed.append(row)
+    hardware = []
+    for index, found in enumerate(make_cluster(tuple(groups)).hardware):
+        most = groups[index].devices
+        found = _with_links(path, found, data.get("links", {}), "links", most)
+        found = _with_numbers(path, found, data.get("device", {}), "device")
+        where = f"groups[{index}]"
+        found = _with_links(path, found, changed[index].get("links", {}), f"{where}.links", most)
+        found = _with_numbers(path, found, changed[index].get("numbers", {}), f"{where}.numbers")
+        hardware.append(found)
+    return joined(groups, hardware)
+
+
+def _with_links(path: Path, found: Hardware, rows: Any, where: str, devices: int) -> Hardware:
+    """What a table of links changes."""
+    links = _table(path, rows, where, _LINKS)
     for name, row in links.items():
         if name == "fabric":
+            joins = check_fabric(str(row)).devices
+            if devices > joins:
+                raise _bad(path, f"{where}.fabric: {row} joins at most {joins} devices",
+                           f"a host has {devices}", "correct one of the two")  # fmt: skip
+            found = replace(found, fabric=str(row))
             continue
-        row = _table(path, row, f"links.{name}", [f.name for f in fields(Link)])
-        values = {k: _number(path, v, f"links.{name}.{k}", zero=k != "bytes_per_s")
+        row = _table(path, row, f"{where}.{name}", [f.name for f in fields(Link)])
+        values = {k: _number(path, v, f"{where}.{name}.{k}", zero=k != "bytes_per_s")
                   for k, v in row.items()}  # fmt: skip
-        changed = replace(getattr(cluster, name), **values)
-        cluster = replace(cluster, **{name: changed})
+        found = replace(found, **{name: replace(getattr(found, name), **values)})
+    return found
+
+
+def _with_numbers(path: Path, found: Hardware, rows: Any, where: str) -> Hardware:
+    """What a table of a device's numbers changes."""
     changes: dict[str, Any] = {}
-    for key, value in _table(path, data.get("device", {}), "device", _DEVICE).items():
+    for key, value in _table(path, rows, where, _DEVICE).items():
         if key == "flops_per_s":
-            rates = _table(path, value, "device.flops_per_s", ("f64", "f32", "bf16", "f16", "f8"))
-            numbers = {k: _number(path, v, f"device.flops_per_s.{k}") for k, v in rates.items()}
-            changes[key] = tuple({**dict(cluster.device.flops_per_s), **numbers}.items())
+            rates = _table(path, value, f"{where}.{key}", ("f64", "f32", "bf16", "f16", "f8"))
+            numbers = {k: _number(path, v, f"{where}.{key}.{k}") for k, v in rates.items()}
+            changes[key] = tuple({**dict(found.device.flops_per_s), **numbers}.items())
         elif key == "cores":
-            changes[key] = _count(path, value, "device.cores")
+            changes[key] = _count(path, value, f"{where}.cores")
         else:
-            changes[key] = _number(path, value, f"device.{key}")
-    return replace(cluster, device=replace(cluster.device, **changes))
+            changes[key] = _number(path, value, f"{where}.{key}")
+    return replace(found, device=replace(found.device, **changes))
 
 
 def meshes(cluster: Cluster) -> list[Mesh]:

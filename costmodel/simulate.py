@@ -9,12 +9,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 from ..ir.errors import CompileError
 from ..ir.module import Function, Module
+from ..ir.stage_ranks import StageRanks
 from ..ir.trace_events import Event, from_zero, write_events
 from ..ir.types import Mesh
 from .cluster import Cluster
@@ -78,7 +81,7 @@ class Simulation(Result):
             )  # fmt: skip
         if not 0 < factor < float("inf"):
             raise CompileError("W1001", f"{factor} times as fast: the factor must be positive")
-        costs = Scaled(self._question.costs, part, factor)
+        costs = tuple(Scaled(costs, part, factor) for costs in self._question.costs)
         return _replay(replace(self._question, costs=costs))
 
     def events(self, ranks: Iterable[int] | None = None) -> list[Event]:
@@ -110,9 +113,10 @@ class _Question:
     """What was asked: all that a replay needs."""
 
     modules: tuple[Module, ...]  #: one for each rank
+    ranks: StageRanks
     cluster: Cluster
     settings: Settings
-    costs: Costs
+    costs: tuple[Costs, ...]  #: one for each stage
     symmetric: bool
 
 
@@ -128,34 +132,60 @@ def simulate(
 
     Args:
         stages: a schedule-level module, which all ranks of its mesh run; or one for each pipeline
-            stage, all with the same mesh: stage i runs on the ranks `i * mesh.size ...`; or a
-            mapping with one for each rank.
-        cluster: what it runs on, with as many devices as there are ranks.
+            stage, whose ranks come behind those of the stages before; or a mapping with one for
+            each rank.
+        cluster: what it runs on, with as many devices as there are ranks. Each stage lies on
+            devices of one group.
         settings: assumptions about backend and devices; those of the device kind by default.
-        costs: times of actions; by default those of the cost model for `cluster`.
+        costs: times of actions; by default those of the cost model for the devices of each stage.
         symmetric: replay equal ranks once. The result is the same without, and slower.
 
     Raises CompileError W0201 for a module of another level, W0501 where the cluster does not fit,
     RunError W0802 where the ranks' schedules do not fit together or deadlock.
     """
-    modules = _of_ranks(stages)
-    mesh, ranks = modules[0].mesh or Mesh(), len(modules)
-    cluster.homogeneous()
-    if ranks != cluster.ranks:
+    modules, ranks = _of_ranks(stages)
+    if ranks.size != cluster.ranks:
         raise CompileError(
-            "W0501", f"the plan is for {ranks} devices, the cluster {cluster} has {cluster.ranks}",
+            "W0501",
+            f"the plan is for {ranks.size} devices, the cluster {cluster} has {cluster.ranks}",
             reason="each rank's part of every tensor was fixed when the plan was made",
-            hint=f"name a cluster of {ranks} devices, or plan again for this one",
+            hint=f"name a cluster of {ranks.size} devices, or plan again for this one",
         )  # fmt: skip
-    settings = settings or settings_of(cluster.device.kind)
-    costs = costs or ModelCosts(mesh, cluster, _kernels(modules))
-    return _replay(_Question(modules, cluster, settings, costs, symmetric))
+    parts = _parts(ranks, cluster)
+    if settings is None:
+        kinds = {part.device.kind for part in parts}
+        settings = settings_of("cpu" if "cpu" in kinds else parts[0].device.kind)
+    if costs is not None:
+        return _replay(_Question(modules, ranks, cluster, settings, (costs,) * ranks.count, symmetric))
+    own: list[Costs] = []
+    for mesh, part in zip(ranks.meshes, parts, strict=True):
+        own.append(ModelCosts(mesh, part, _kernels(modules)))
+    return _replay(_Question(modules, ranks, cluster, settings, tuple(own), symmetric))
+
+
+def _parts(ranks: StageRanks, cluster: Cluster) -> list[Cluster]:
+    """The device group of each stage, as a cluster. Raises CompileError W0501 for one on several."""
+    if len(cluster.groups) == 1:
+        return [cluster] * ranks.count
+    ends = list(accumulate(group.ranks for group in cluster.groups))
+    out = []
+    for stage in range(ranks.count):
+        own = ranks.ranks(stage)
+        first, last = bisect_right(ends, own.start), bisect_right(ends, own.stop - 1)
+        if first != last:
+            raise CompileError(
+                "W0501", f"stage {stage} has the ranks {own.start} to {own.stop - 1} of {cluster}",
+                reason="they are devices of several kinds, and the mesh of a stage has one",
+                hint="give stages meshes that fill the groups one after the other",
+            )  # fmt: skip
+        out.append(cluster.part(first))
+    return out
 
 
 def _replay(question: _Question) -> Simulation:
     modules = question.modules
-    entries, mesh = [module.entry for module in modules], modules[0].mesh or Mesh()
-    world = World(entries, mesh, question.cluster, question.symmetric)
+    entries = [module.entry for module in modules]
+    world = World(entries, question.ranks, question.cluster, question.symmetric)
     replay = read_programs(world, question.costs, _kernels(modules))
     return Simulation(question, replay, Engine(replay, question.settings).run())
 
@@ -165,29 +195,38 @@ def _kernels(modules: Sequence[Module]) -> dict[str, Function]:
     return {f.name: f for module in distinct for f in module.functions[1:]}
 
 
-def _of_ranks(stages: Module | Sequence[Module] | Mapping[int, Module]) -> tuple[Module, ...]:
-    """The module of each rank. Raises CompileError W0201."""
+def _of_ranks(
+    stages: Module | Sequence[Module] | Mapping[int, Module],
+) -> tuple[tuple[Module, ...], StageRanks]:
+    """The module of each rank, and the ranks of the stages. Raises CompileError W0201."""
     given = [stages] if isinstance(stages, Module) else stages
     found = list(given.values()) if isinstance(given, Mapping) else list(given)
     if not found:
         raise CompileError("W0201", "a plan needs at least one rank")
-    mesh = found[0].mesh or Mesh()
     for module in found:
         if module.level != "schedule":
             raise CompileError(
                 "W0201", f"a {module.level} module cannot be replayed: it must be a schedule",
                 hint="lower it first: weft opt FILE --pass lower --pass schedule",
             )  # fmt: skip
-        if (module.mesh or Mesh()).axes != mesh.axes:
-            raise CompileError("W0201", "the ranks of a plan have different meshes")
     if not isinstance(given, Mapping):
-        return tuple(module for module in found for _ in range(mesh.size))
-    if sorted(given) != list(range(len(given))) or len(given) % mesh.size:
+        ranks = StageRanks(tuple(module.mesh or Mesh() for module in found))
+        return tuple(found[ranks.stage(rank)] for rank in range(ranks.size)), ranks
+    meshes: list[Mesh] = []
+    total = 0
+    while total < len(given) and sorted(given) == list(range(len(given))):
+        meshes.append(given[total].mesh or Mesh())
+        own = range(total, min(len(given), total + meshes[-1].size))
+        if any((given[rank].mesh or Mesh()).axes != meshes[-1].axes for rank in own):
+            raise CompileError("W0201", "the ranks of a stage have different meshes")
+        total += meshes[-1].size
+    if total != len(given):
         raise CompileError(
-            "W0201", f"there are programs for {len(given)} ranks, the mesh has {mesh.size}",
+            "W0201", f"there are programs for {len(given)} ranks, the mesh has "
+            f"{(found[0].mesh or Mesh()).size}",
             hint="give each rank of the mesh, and of each pipeline stage, a program",
         )  # fmt: skip
-    return tuple(given[rank] for rank in range(len(given)))
+    return tuple(given[rank] for rank in range(len(given))), StageRanks(tuple(meshes))
 
 
 __all__ = ["GLOO", "NCCL", "Settings", "Simulation", "Timeline", "settings_of", "simulate"]

@@ -17,6 +17,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ..ir.crossing import crosses
 from ..ir.module import Function, Op
 from ..ir.opdef import OPS, flops_of
 from ..ir.signature import SignatureError
@@ -112,7 +113,7 @@ class _Writer:
         self.made.update((value.name, number) for value in op.results)
 
     def _work(self, op: Op) -> bytes:
-        mesh, coord = self.result.mesh, self.result.coord(self.rank)
+        mesh, coord = self.result.mesh(self.rank), self.result.coord(self.rank)
         values = (*op.operands, *op.results)
         moved = sum(local_bytes_at(value.type, mesh, coord) for value in values)
         try:
@@ -129,14 +130,18 @@ class _Writer:
         )
 
     def _transfer(self, op: Op) -> list[tuple[int, bytes]]:
-        mesh, coord = self.result.mesh, self.result.coord(self.rank)
+        mesh, coord = self.result.mesh(self.rank), self.result.coord(self.rank)
         held = op.operands[0] if op.operands else op.results[0]
-        size = _attribute("comm_size", _INT64, local_bytes_at(held.type, mesh, coord))
-        size += _attribute("is_cpu_op", _BOOL, 0)
+        size = _size(local_bytes_at(held.type, mesh, coord))
         if op.name in ("send", "recv"):
-            stage = int(op.attrs["to" if op.name == "send" else "source"])  # type: ignore[arg-type]
-            other = stage * mesh.size + self.rank % mesh.size
-            return [self._pair(op.name == "send", other, int(op.attrs.get("tag", 0)), size)]  # type: ignore[arg-type]
+            sends, tag = op.name == "send", int(op.attrs.get("tag", 0))  # type: ignore[arg-type]
+            if crosses(op):
+                return [
+                    self._pair(sends, link.target if sends else link.source, tag, _size(link.bytes))
+                    for link in self.result.links(self.rank, op)
+                ]
+            stage = int(op.attrs["to" if sends else "source"])  # type: ignore[arg-type]
+            return [self._pair(sends, self.result.partner(self.rank, stage), tag, size)]
         members = self.result.members(self.rank, str(op.attrs["axis"]))
         if op.name == "permute_ranks":
             here, shift = members.index(self.rank), int(op.attrs.get("shift", 1))  # type: ignore[arg-type]
@@ -150,6 +155,10 @@ class _Writer:
         source, target = (self.rank, other) if sends else (other, self.rank)
         ends = _attribute("comm_src", _INT32, source) + _attribute("comm_dst", _INT32, target)
         return _SEND if sends else _RECV, ends + _attribute("comm_tag", _INT32, tag) + size
+
+
+def _size(bytes: int) -> bytes:
+    return _attribute("comm_size", _INT64, bytes) + _attribute("is_cpu_op", _BOOL, 0)
 
 
 def write_chakra(result: Result, folder: str | Path, ranks: Sequence[int] | None = None) -> Path:

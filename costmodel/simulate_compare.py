@@ -82,7 +82,7 @@ def compare(result: Result, events: Sequence[Event]) -> Comparison:
             rows.append(row)
             continue
         axis = str(op.attrs.get("axis", ""))
-        members = tuple(result.members(rank, axis)) if axis in result.mesh.names else (rank,)
+        members = tuple(result.members(rank, axis)) if axis in result.mesh(rank).names else (rank,)
         best = shortest.get((index, members))
         if best is None or row.measured_us < best.measured_us:
             shortest[index, members] = row

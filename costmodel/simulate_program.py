@@ -3,16 +3,18 @@ its transfers in order, matched over the ranks that take part."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
+from ..ir.crossing import crosses, far_end, own_type
 from ..ir.errors import RunError
 from ..ir.module import Function, Op
 from ..ir.opdef import OPS
+from ..ir.types import Mesh
 from .collectives import LOCAL
 from .simulate_cost import Costs, Transfer, local_bytes_at
-from .simulate_world import Channel, Resource, World
+from .simulate_world import Channel, Link, Resource, World
 
 #: kinds of steps
 COMPUTE, START, WAIT, SYNC = range(4)
@@ -88,7 +90,9 @@ class Replay:
 class _Reader:
     """Reads the programs of all classes."""
 
-    def __init__(self, world: World, costs: Costs, functions: Mapping[str, Function]) -> None:
+    def __init__(
+        self, world: World, costs: Sequence[Costs], functions: Mapping[str, Function]
+    ) -> None:
         self.world, self.costs, self.functions = world, costs, functions
         self.channels: list[Channel] = []
         self.jobs: list[list[Job]] = []
@@ -109,7 +113,9 @@ class _Reader:
         transfer = Transfer(
             job.op.name, job.size, len(channel.members), channel.per_host, channel.axis
         )
-        job.time_us, empty_us = self.costs.transfer_us(transfer)
+        ends = {self.world.stage(rank) for rank in (channel.members[0], channel.members[-1])}
+        # between devices of two kinds: as slow as the slower one
+        job.time_us, empty_us = max(self.costs[stage].transfer_us(transfer) for stage in ends)
         if job.time_us > 0:
             busy = max(0.0, 1.0 - empty_us / job.time_us)  # the rest is latency: no bandwidth
             job.uses = tuple((resource, use * busy) for resource, use in channel.uses)
@@ -119,29 +125,30 @@ class _Reader:
         world = self.world
         rank = world.sample[colour]
         coord, function = world.coord(rank), world.programs[rank]
-        costs, counts = self.costs, dict[int, int]()
+        costs, counts = self.costs[world.stage(rank)], dict[int, int]()
         steps: list[Step] = []
-        handles: dict[str, Job | None] = {}
+        handles: dict[str, list[Job]] = {}
         constant: set[str] = set()
         for index, op in enumerate(function.ops):
             name = op.name
             if name == "free":
                 continue
             if name == "wait":
-                job = handles.pop(op.operands[0].name, None)
-                if job is not None:
+                for job in handles.pop(op.operands[0].name, ()):
                     steps.append((WAIT, index, 0.0, job))
                 continue
             family = OPS[name].family
             if family == "collective" or op.attrs.get("async"):
-                job = self._job(op, index, rank, counts)
+                jobs = self._jobs(op, index, rank, counts)
                 later = bool(op.attrs.get("async"))
                 if later:
-                    handles[op.results[0].name] = job
-                if job is not None:
-                    steps.append((START if later else SYNC, index, 0.0, job))
+                    handles[op.results[0].name] = jobs
+                # what is not asynchronous starts all of its pieces, then waits for them
+                alone = not later and len(jobs) == 1
+                steps += [(SYNC if alone else START, index, 0.0, job) for job in jobs]
+                steps += [] if later or alone else [(WAIT, index, 0.0, job) for job in jobs]
                 continue
-            if self._hoisted(op, constant, coord):
+            if self._hoisted(op, constant, world.mesh(rank), coord):
                 constant.update(value.name for value in op.results)
                 continue
             time_us = costs.action_us(op, coord)
@@ -149,7 +156,7 @@ class _Reader:
                 steps.append((COMPUTE, index, time_us, None))
         return steps
 
-    def _hoisted(self, op: Op, constant: set[str], coord: tuple[int, ...]) -> bool:
+    def _hoisted(self, op: Op, constant: set[str], mesh: Mesh, coord: tuple[int, ...]) -> bool:
         """Is the action done once, when the plan is loaded?"""
         if op.operands and (not constant or any(v.name not in constant for v in op.operands)):
             return False
@@ -158,15 +165,21 @@ class _Reader:
             family = OPS[inner.name].family
             if family not in _PURE and not (family == "creation" and not inner.operands):
                 return False
-        mesh = self.world.mesh
         return all(local_bytes_at(v.type, mesh, coord) <= HOIST_BYTES for v in op.results)
 
-    def _job(self, op: Op, index: int, rank: int, counts: dict[int, int]) -> Job | None:
-        """The transfer that an action takes part in; None on a group of one rank."""
-        world, mesh = self.world, self.world.mesh
+    def _jobs(self, op: Op, index: int, rank: int, counts: dict[int, int]) -> list[Job]:
+        """The transfers that an action takes part in; none on a group of one rank."""
+        world, mesh = self.world, self.world.mesh(rank)
         colour = world.colour[rank]
+        held = (op.operands or op.results)[0]
+        size = local_bytes_at(held.type, mesh, world.coord(rank))
         if OPS[op.name].family != "collective":
             number = self._channel(("copy", colour), Channel("copy", (colour,), (rank,)))
+        elif crosses(op):
+            return [
+                self._job(op, index, rank, self._across(link), link.bytes, counts)
+                for link in world.links(op, rank)
+            ]
         elif op.name in ("send", "recv"):
             number = self._pair(op, index, rank)
         else:
@@ -177,25 +190,40 @@ class _Reader:
                                _where(op, index))  # fmt: skip
             group = world.group(rank, axis)
             if len(group) == 1 or op.name in LOCAL:
-                return None
+                return []
             key = (axis, tuple(world.colour[r] for r in group))
             found = self.numbers.get(key)
             number = self._channel(key, world.group_channel(rank, axis)) if found is None else found
+        return [self._job(op, index, rank, number, size, counts)]
+
+    def _job(
+        self, op: Op, index: int, rank: int, number: int, size: int, counts: dict[int, int]
+    ) -> Job:
+        """The next transfer of a rank on a channel."""
         place = counts.get(number, 0)
         counts[number] = place + 1
         jobs = self.jobs[number]
         if place == len(jobs):
             jobs.append(Job(op, place, number, len(self.channels[number].classes)))
         job = jobs[place]
-        job.seen.append(colour)
+        job.seen.append(self.world.colour[rank])
         if job.op is not op:
             self._match(job, op, index, rank)
         if self.channels[number].axis == "copy":
-            job.time_us = self.costs.action_us(op, world.coord(rank))
+            stage = self.world.stage(rank)
+            job.time_us = self.costs[stage].action_us(op, self.world.coord(rank))
         else:
-            held = op.operands[0] if op.operands else op.results[0]
-            job.size = max(job.size, local_bytes_at(held.type, mesh, world.coord(rank)))
+            job.size = max(job.size, size)
         return job
+
+    def _across(self, link: Link) -> int:
+        """The channel of a link between meshes of different shape."""
+        colour = self.world.colour
+        key = ("stage", colour[link.source], colour[link.target], link.label)
+        found = self.numbers.get(key)
+        if found is not None:
+            return found
+        return self._channel(key, self.world.pair_channel(link.source, link.target))
 
     def _pair(self, op: Op, index: int, rank: int) -> int:
         world = self.world
@@ -204,6 +232,11 @@ class _Reader:
             own = "its own" if stage == world.stage(rank) else f"not one of {world.stages}"
             self._disagree(
                 f"rank {rank}: {op.name} with stage {stage}, which is {own}", _where(op, index)
+            )
+        if world.ranks.meshes[stage].sizes != world.mesh(rank).sizes:
+            self._disagree(
+                f"rank {rank}: {op.name} with stage {stage}, whose mesh has another shape",
+                _where(op, index),
             )
         other = world.partner(rank, stage)
         source, target = (rank, other) if op.name == "send" else (other, rank)
@@ -229,8 +262,7 @@ class _Reader:
         one: tuple[object, ...]
         two: tuple[object, ...]
         if {first.name, op.name} == {"send", "recv"}:
-            one = (first.attrs.get("tag", 0), (first.operands or first.results)[0].type)
-            two = (op.attrs.get("tag", 0), (op.operands or op.results)[0].type)
+            one, two = _ends(first), _ends(op)
         else:
             one = (first.name, first.results[0].name, first.operands[0].type, _facts(first))
             two = (op.name, op.results[0].name, op.operands[0].type, _facts(op))
@@ -255,6 +287,13 @@ class _Reader:
         raise RunError("W0802", message, reason=reason, hint=_HINT)
 
 
+def _ends(op: Op) -> tuple[object, ...]:
+    """What both ends of a transfer between two ranks agree on: tag, and the types that it has."""
+    own = own_type(op)
+    types = (own, far_end(op)[1]) if crosses(op) else (own,)
+    return op.attrs.get("tag", 0), types if op.name == "send" else types[::-1]
+
+
 def _facts(op: Op) -> list[tuple[str, object]]:
     return sorted((k, v) for k, v in op.attrs.items() if k != "async")
 
@@ -269,10 +308,13 @@ def _where(op: Op, index: int) -> str:
     return f"action {index}: {_text(op)}"
 
 
-def read_programs(world: World, costs: Costs, functions: Mapping[str, Function]) -> Replay:
+def read_programs(
+    world: World, costs: Sequence[Costs], functions: Mapping[str, Function]
+) -> Replay:
     """The steps of all classes and the transfers of all channels.
 
     Args:
+        costs: those of each stage.
         functions: kernel functions by name.
 
     Raises RunError W0802 where ranks do not agree on their transfers.

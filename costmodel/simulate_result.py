@@ -11,7 +11,7 @@ from ..ir.types import Mesh
 from .simulate_engine import Run
 from .simulate_memory import Memory, Owner, held_at, memory_of
 from .simulate_program import COMPUTE, START, SYNC, WAIT, Job, Replay
-from .simulate_world import Channel
+from .simulate_world import Channel, Link
 
 
 @dataclass
@@ -86,10 +86,17 @@ class Result:
 
     # -- ranks ----------------------------------------------------------------------------------
 
-    @property
-    def mesh(self) -> Mesh:
-        """The mesh of a stage."""
-        return self._replay.world.mesh
+    def mesh(self, rank: int) -> Mesh:
+        """The mesh of a rank's stage."""
+        return self._replay.world.mesh(rank)
+
+    def links(self, rank: int, op: Op) -> list[Link]:
+        """What a `send` or `recv` between meshes of different shape moves from or to a rank."""
+        return self._replay.world.links(op, rank)
+
+    def partner(self, rank: int, stage: int) -> int:
+        """The rank at the same mesh coordinate of another stage."""
+        return self._replay.world.partner(rank, stage)
 
     @property
     def ranks(self) -> int:
@@ -188,7 +195,7 @@ class Result:
     def _memories(self) -> list[Memory]:
         world = self._replay.world
         return [
-            memory_of(world.programs[rank], world.mesh, world.coord(rank))
+            memory_of(world.programs[rank], world.mesh(rank), world.coord(rank))
             for rank in world.sample
         ]
 
@@ -211,7 +218,7 @@ class Result:
     def _held(self, rank: int) -> list[Owner]:
         world = self._replay.world
         function, coord = self.program(rank), world.coord(rank)
-        return held_at(function, world.mesh, coord, self.memory(rank).peak_at)
+        return held_at(function, world.mesh(rank), coord, self.memory(rank).peak_at)
 
     # -- views ----------------------------------------------------------------------------------
 

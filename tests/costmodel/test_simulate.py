@@ -203,5 +203,5 @@ def test_a_program_for_each_rank_of_the_mesh_is_needed() -> None:
         simulate({0: module}, parse_cluster("1x1:cpu"))
     with pytest.raises(CompileError, match="W0201"):
         simulate([], parse_cluster("1x1:cpu"))
-    with pytest.raises(CompileError, match="W0501.*mixed"):
+    with pytest.raises(CompileError, match="W0501.*stage 0 has the ranks 0 to 1"):
         simulate(module, parse_cluster("1x1:h100+1x1:a100"))
