@@ -25,7 +25,9 @@ from ..costmodel.cluster import Cluster
 from ..ir.errors import CompileError
 from ..ir.module import Module
 from .micro import time_split
+from .search_carry import Source
 from .search_coarse import Estimate, estimates
+from .search_evaluate import Pipeline
 from .search_layout import LayoutSearch, micros_of
 from .search_layouts import Layout, layouts_of, part_of
 from .search_mixed import search_mixed
@@ -128,8 +130,13 @@ class _Search:
     def _estimates(self) -> list[Estimate]:
         if len(self.layouts) == 1:
             return [Estimate()]
-        # where the budget may not last, the fastest by their bounds come first
-        order = sorted(range(len(self.layouts)), key=lambda i: (self.bounds[i], i))
+        # the budget may not last: the first mesh of each number of stages, then the second, ...
+        count: dict[int, int] = {}
+        place = []
+        for layout in self.layouts:
+            place.append(count.get(layout.stages, 0))
+            count[layout.stages] = place[-1] + 1
+        order = sorted(range(len(self.layouts)), key=lambda i: (place[i], i))
         found = estimates(self.state, [self.layouts[i] for i in order], _COARSE_SHARE)
         return [found[order.index(i)] for i in range(len(order))]
 
@@ -146,7 +153,7 @@ class _Search:
         state = self.state
         near = state.best_us * (1 + _NEAR)
         few = [f for f in state.kinds() if f.pipeline.step_us <= near][: self.finalists]
-        if len(few) < 2:
+        if not few or (len(few) == 1 and _is_plain(few[0].pipeline)):
             return state.best, None
         programs: dict[int, Realized] = {}
         for found in few:
@@ -155,7 +162,7 @@ class _Search:
             part = found.layout.cluster
             realized = realize(
                 split, units_of(split), found.pipeline, part, state.wishes.constraints,
-                enough=state.enough,
+                enough=state.enough, source=self._source(found),
             )  # fmt: skip
             step = replayed(realized, state.cluster)
             place = next(i for i, other in enumerate(state.found) if other is found)
@@ -165,6 +172,19 @@ class _Search:
                 break
         best = state.best
         return best, programs.get(next(i for i, f in enumerate(state.found) if f is best))
+
+    def _source(self, found: Found) -> Source | None:
+        if found.placement is None:
+            return None
+        programs = self.state.programs
+        program = programs.of(found.pipeline.micro)
+        choices = replace(found.placement.choices, phases=program.phases)
+        return Source.make(program, programs.short.of, choices, found.layout.mesh)
+
+
+def _is_plain(plan: Pipeline) -> bool:
+    """Is it one program for the whole batch, which the ordinary passes write down?"""
+    return len(plan.stages) == 1 and plan.micro == 1 and not plan.stages[0].recompute
 
 
 __all__ = [

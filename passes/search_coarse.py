@@ -22,16 +22,18 @@ from ..ir.errors import CompileError
 from ..ir.types import Mesh
 from .apply import Choices
 from .constraints import Constraints
-from .micro import time_split
 from .place_model import Runs
 from .place_task import JOINT_AXES, Task
 from .search_costs import Array, UnitCosts
 from .search_layout import micros_of, orders_of_layout
 from .search_layouts import Layout, part_of
+from .search_program import Programs
 from .search_state import State
 
 #: price of memory of the inner placement: its peak costs as much as this share of its time
 _PRICE = 1.0
+#: blocks that are kept at the ends of a chain
+_KEPT = (1, 1)
 #: limit of an inner placement
 _LIMIT_S = 5.0
 
@@ -53,8 +55,9 @@ class Coarse:
     """Estimates the layouts of a cluster."""
 
     def __init__(self, state: State) -> None:
-        self.state, self.programs = state, state.programs
-        self.rows = time_split(state.programs.module, 1).batch
+        self.state = state
+        self.programs = Programs(state.programs.module, *_KEPT)
+        self.rows = self.programs.rows
         self._choices: dict[int, list[Choices]] = {}
         self._costs: dict[tuple[int, int], UnitCosts | None] = {}
 
@@ -131,22 +134,28 @@ class Coarse:
         mesh = Mesh((("inner", ranks),) if ranks > 1 else (), kind)
         layout = Layout(1, mesh, part, ranks)
         known = self._choices.setdefault(ranks, [])
-        for choices in known:
-            costs = self._read(layout, choices, parts)
-            if costs is not None:
-                return costs
-        program = self.programs.of(parts)
+        # what is legal for two rows is so for more
+        fewest = self.rows // 2 if parts <= self.rows // 2 else parts
+        for number in dict.fromkeys((fewest, parts)):
+            for choices in known:
+                costs = self._read(layout, choices, parts)
+                if costs is not None:
+                    return costs
+            if self.programs.can_split(number):
+                found = self._search(layout, number)
+                known += [found] if found is not None else []
+        return self._read(layout, known[-1], parts) if known else None
+
+    def _search(self, layout: Layout, parts: int) -> Choices | None:
+        program, part = self.programs.of(parts), layout.cluster
         roomy = replace(part, device=replace(part.device, memory_bytes=inf))
         task = Task(
-            program.module, mesh, roomy, _LIMIT_S, JOINT_AXES, Runs(program.phases, parts),
+            program.module, layout.mesh, roomy, _LIMIT_S, JOINT_AXES, Runs(program.phases, parts),
             Constraints(), self.state.enough,
         )  # fmt: skip
         self.state.placements += 1
-        free = task.attempt(0.0) if ranks == 1 else task.attempt(self._price(layout, parts))
-        if free is None:
-            return None
-        known.append(free.choices)
-        return self._read(layout, free.choices, parts)
+        found = task.attempt(self._price(layout, parts) if layout.ranks > 1 else 0.0)
+        return found.choices if found is not None else None
 
     def _price(self, layout: Layout, parts: int) -> float:
         """us per byte: what the program takes on the ranks over what it stores."""
@@ -154,13 +163,13 @@ class Coarse:
         return _PRICE * time_us * layout.ranks / max(1.0, self.programs.stored_bytes())
 
     def _read(self, layout: Layout, choices: Choices, parts: int) -> UnitCosts | None:
-        program = self.programs.of(parts)
         try:
-            return self.state.read(program, layout, choices)
+            costs = self.state.read(self.programs, parts, layout, choices)
         except CompileError as error:
             if error.code not in ("W0401", "W0402"):
                 raise
             return None
+        return costs
 
 
 def _equal(row: Array, stages: int) -> float:

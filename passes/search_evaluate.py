@@ -30,7 +30,7 @@ class Stage:
         update_us: once a step; of it `moved_update_us` collectives.
         peak_bytes: of a rank; `memory_bytes` is what it may fill.
         in_flight: micro-batches (times chunks) whose activations it holds at most.
-        waiting_bytes: of the peak, activations of all micro-batches in flight but one.
+        own_bytes: of each chunk, what it holds with one micro-batch in flight.
     """
 
     kind: str
@@ -46,7 +46,7 @@ class Stage:
     peak_bytes: float
     memory_bytes: float
     in_flight: int
-    waiting_bytes: float = 0.0
+    own_bytes: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -144,22 +144,25 @@ def _stage(
     def total(row: NDArray[np.float64]) -> float:
         return float(sum(row[part.units].sum() for part in parts))
 
-    peak, waiting, forward, backward = 0.0, 0.0, total(costs.forward_us), total(costs.backward_us)
+    transient, alone = float(costs.transient_bytes.max(initial=0.0)), []
+    peak, forward, backward = 0.0, total(costs.forward_us), total(costs.backward_us)
     for part, held in zip(parts, flight, strict=True):
         saved = costs.kept_bytes if part.recompute else costs.saved_bytes
-        own = float(saved[part.units].sum())
-        peak, waiting = peak + held * own, waiting + max(0, held - 1) * own
+        peak += held * float(saved[part.units].sum())
+        # activations that are computed again are there while they are
+        rows = costs.persistent_bytes + costs.saved_bytes
+        alone.append(float(rows[part.units].sum()) + transient)
     if any(part.recompute for part in parts):
         backward += float(sum(costs.forward_us[p.units].sum() for p in parts if p.recompute))
         peak += float(costs.saved_bytes.max(initial=0.0))
-    peak += total(costs.persistent_bytes) + float(costs.transient_bytes.max(initial=0.0))
+    peak += total(costs.persistent_bytes) + transient
     units = np.logical_or.reduce([part.units for part in parts])
     return Stage(
         cluster.device.kind, costs.mesh, block.start,
         tuple(name for name, mine in zip(names, units, strict=True) if mine),
         any(part.recompute for part in parts), forward, backward, total(costs.moved_us),
         total(costs.update_us), total(costs.moved_update_us), peak, block.memory_bytes, sum(flight),
-        waiting,
+        tuple(alone),
     )  # fmt: skip
 
 

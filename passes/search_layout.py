@@ -94,6 +94,8 @@ class LayoutSearch:
         fits = self.state.found[before:]
         if fits and not any(s.recompute for f in fits for s in f.pipeline.stages):
             return True
+        if fits and self.state.budget_s < inf:  # the next layout is worth more
+            return True
         return self.state.over() or self.fastest_us >= self.state.best_us
 
     def _accumulate(self) -> None:

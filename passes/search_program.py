@@ -17,7 +17,7 @@ from .micro import LOOP, time_split
 from .place_body import PERSISTENT
 from .search_costs import Array
 from .search_layouts import Layout
-from .search_short import Short, shorten
+from .search_short import FIRST, LAST, Short, shorten
 from .search_units import units_of
 from .stages import cut
 
@@ -42,17 +42,21 @@ class Program:
 class Programs:
     """A train step, its units, its short form, and the micro-batches of that.
 
+    Args:
+        first, last: blocks that are kept at the ends of a chain of equal ones.
+
     Attributes:
         module: the whole program.
         units: of the whole program.
+        rows: of the whole batch.
         short: what is placed in its stead.
     """
 
-    def __init__(self, module: Module) -> None:
+    def __init__(self, module: Module, first: int = FIRST, last: int = LAST) -> None:
         self.module = module
         whole = time_split(module, 1)
-        self.units = units_of(whole)
-        short = shorten(whole, self.units)
+        self.units, self.rows = units_of(whole), whole.batch
+        short = shorten(whole, self.units, first, last)
         self.short = short or Short(module, tuple(range(self.units.count)), 1.0)
         self._known: dict[int, Program | CompileError] = {}
         self._alone: Array | None = None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field, replace
 
 from ..costmodel.cluster import Cluster
 from ..costmodel.collectives import collective_cost
@@ -18,7 +18,8 @@ from .micro import LOOP, TimeSplit, time_split
 from .orders import Order, orders_of
 from .place import MEMORY_SHARE, PlacementResult, search_mesh
 from .recompute import recomputed
-from .search_evaluate import Pipeline
+from .search_carry import Source, carried
+from .search_evaluate import Pipeline, Stage
 from .search_units import Units, units_of
 from .stage_schedule import schedule_stages
 from .stages import StageModule, cut
@@ -65,12 +66,15 @@ def realize(
     constraints: Constraints = Constraints(),
     *,
     enough: float = 0.0,
+    source: Source | None = None,
 ) -> Realized:
-    """Cut a program as a plan says and place each part as what it is; equal parts are placed once.
+    """Cut a program as a plan says and place each part; equal parts are placed once.
 
     Args:
         cluster: of one stage.
         enough: relative gap at which the placement of a large part stops.
+        source: the placement that the plan was evaluated with, which is carried over; without it
+            each part is searched as what it is.
 
     Raises CompileError W0402 where a stage has no legal placement.
     """
@@ -83,8 +87,9 @@ def realize(
         units = units_of(split)
     parts = parts_of(split, units, pipeline)
     pieces = cut(split, parts)
-    found = _Placer(split.count, pipeline, cluster, constraints, enough).all(pieces)
-    placed, phases = tuple(r.placed for r in found), tuple(r.phases for r in found)
+    placer = _Placer(split, units, pipeline, cluster, constraints, enough, source)
+    found = [placer.placed(piece) for piece in pieces]
+    placed, phases = tuple(module for module, _ in found), tuple(own for _, own in found)
     orders = orders_of(pipeline.order, len(pipeline.stages), split.count, pipeline.chunks)
     cost = collective_cost(cluster, placed[0].mesh or Mesh())
     schedules = schedule_stages(split, parts, placed, orders, cost=cost, phases=phases)
@@ -96,56 +101,65 @@ def replayed(found: Realized, cluster: Cluster) -> Simulation:
     return simulate(found.schedules, cluster)
 
 
+#: a placed part, and the phases of its entry's ops
+_Placed = tuple[Module, tuple[str, ...] | None]
+
+
+@dataclass
 class _Placer:
     """Places the parts of a plan, those that are equal but for their names once."""
 
-    def __init__(
-        self,
-        micro: int,
-        pipeline: Pipeline,
-        cluster: Cluster,
-        constraints: Constraints,
-        enough: float,
-    ) -> None:
-        self.micro, self.pipeline, self.cluster = micro, pipeline, cluster
-        self.constraints, self.enough = constraints, enough
-        self.known: dict[Hashable, tuple[Function, PlacementResult]] = {}
+    split: TimeSplit
+    units: Units
+    pipeline: Pipeline
+    cluster: Cluster
+    constraints: Constraints
+    enough: float
+    source: Source | None
+    known: dict[Hashable, tuple[Function, Choices]] = field(default_factory=dict)
 
-    def all(self, pieces: Sequence[StageModule]) -> list[PlacementResult]:
-        """The placements of all parts. Raises CompileError W0402."""
-        return [self._placed(piece) for piece in pieces]
-
-    def _placed(self, piece: StageModule) -> PlacementResult:
-        stage = self.pipeline.stages[piece.stage % len(self.pipeline.stages)]
+    def placed(self, piece: StageModule) -> _Placed:
+        """A part under its placement. Raises CompileError W0402."""
+        mesh = self._stage(piece).mesh
+        if self.source is not None:
+            choices = carried(piece, self.split, self.units, self.source, len(mesh.axes))
+            if choices is not None:
+                return apply_phased(piece.module, mesh, choices)
         # rules are about names, so names count where there are rules
-        named = bool(self.constraints.rules)
-        room = self._room_bytes(piece)
-        key = (structure(piece, named), stage.mesh, room)
+        key = (structure(piece, bool(self.constraints.rules)), mesh, self._room_bytes(piece))
         if key in self.known:
-            entry, result = self.known[key]
-            return _renamed(result, entry, piece, stage.mesh)
-        device = replace(self.cluster.device, memory_bytes=room / MEMORY_SHARE)
+            choices = _renamed(*self.known[key], piece)
+            return apply_phased(piece.module, mesh, choices)
+        found = self._search(piece, mesh)
+        if not found.modes:
+            self.known[key] = piece.module.entry, found.choices
+        return found.placed, found.phases
+
+    def _stage(self, piece: StageModule) -> Stage:
+        return self.pipeline.stages[piece.stage % len(self.pipeline.stages)]
+
+    def _search(self, piece: StageModule, mesh: Mesh) -> PlacementResult:
+        device = replace(
+            self.cluster.device, memory_bytes=self._room_bytes(piece) / MEMORY_SHARE
+        )
         found = search_mesh(
-            piece.module, stage.mesh, replace(self.cluster, device=device), limit_s=PLACE_S,
-            phases=piece.phases, micro=self.micro, constraints=Constraints(self.constraints.rules),
-            enough=self.enough,
+            piece.module, mesh, replace(self.cluster, device=device), limit_s=PLACE_S,
+            phases=piece.phases, micro=self.split.count,
+            constraints=Constraints(self.constraints.rules), enough=self.enough,
         )  # fmt: skip
         if found is None:
             raise CompileError(
-                "W0402", f"stage {piece.stage} has no legal placement on {stage.mesh.axes}",
+                "W0402", f"stage {piece.stage} has no legal placement on {mesh.axes}",
                 reason="some op has no legal split", hint="use fewer devices a stage",
             )  # fmt: skip
-        self.known[key] = piece.module.entry, found
         return found
 
     def _room_bytes(self, piece: StageModule) -> float:
-        """What a part may hold with one micro-batch in flight; the others take their saved values.
-
-        Parts of one stage share its memory as they share its peak: by their number.
-        """
-        stage = self.pipeline.stages[piece.stage % len(self.pipeline.stages)]
-        room = stage.memory_bytes - stage.waiting_bytes
-        return room / self.pipeline.chunks if room > 0 else stage.memory_bytes
+        """What a part may hold with one micro-batch in flight: what it was evaluated with, and its
+        share of what the stage has left."""
+        stage, chunks = self._stage(piece), self.pipeline.chunks
+        left = max(0.0, stage.memory_bytes - stage.peak_bytes)
+        return stage.own_bytes[piece.stage // len(self.pipeline.stages)] + left / chunks
 
 
 def structure(piece: StageModule, named: bool = False) -> Hashable:
@@ -201,19 +215,14 @@ def _plain(
     return tuple(found)
 
 
-def _renamed(
-    result: PlacementResult, entry: Function, piece: StageModule, mesh: Mesh
-) -> PlacementResult:
-    """A placement of one part for another one of the same structure."""
+def _renamed(entry: Function, choices: Choices, piece: StageModule) -> Choices:
+    """Choices of one part for another one of the same structure."""
     own = piece.module.entry
     theirs = (*entry.params, *(v for op in entry.ops for v in op.results))
     ours = (*own.params, *(v for op in own.ops for v in op.results))
     names = {a.name: b.name for a, b in zip(theirs, ours, strict=True)}
-    choices: Choices = replace(
-        result.choices, again=frozenset((names[name], op) for name, op in result.choices.again)
-    )
-    placed, phases = apply_phased(piece.module, mesh, choices)
-    return replace(result, choices=choices, placed=placed, phases=phases, logical=piece.module)
+    again = frozenset((names[name], op) for name, op in choices.again)
+    return replace(choices, again=again)
 
 
 def simulated(

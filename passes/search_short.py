@@ -38,20 +38,21 @@ class Short:
     share: float
 
 
-def shorten(split: TimeSplit, units: Units) -> Short | None:
+def shorten(split: TimeSplit, units: Units, first: int = FIRST, last: int = LAST) -> Short | None:
     """The program without the inner calls of its chains; None where nothing can be left out.
 
     Args:
         split: the program over time, of one micro-batch for example; its module is shortened.
+        first, last: calls of a chain that are kept at its beginning and end.
     """
     entry = split.module.entry
     forward = _unit_ops(entry, split.phases, units, "forward")
     backward = _unit_ops(entry, split.phases, units, "backward")
     dropped: list[int] = []
     stands: dict[int, int] = {}
-    for chain in _chains(units, forward):
-        inner = chain[FIRST:-LAST]
-        kept = chain[FIRST - 1]
+    for chain in _chains(units, forward, first + last):
+        inner = chain[first:-last]
+        kept = chain[first - 1]
         stands.update(dict.fromkeys(inner, kept))
         dropped += inner
     if not dropped:
@@ -79,8 +80,8 @@ def _unit_ops(
     return found
 
 
-def _chains(units: Units, forward: Mapping[int, list[Op]]) -> list[list[int]]:
-    """Runs of at least one unit more than is kept, of one callee, each feeding the next alone."""
+def _chains(units: Units, forward: Mapping[int, list[Op]], kept: int) -> list[list[int]]:
+    """Runs of more units than are kept, of one callee, each feeding the next alone."""
     chains: list[list[int]] = []
     for unit in range(units.count):
         last = chains[-1][-1] if chains else -1
@@ -89,7 +90,7 @@ def _chains(units: Units, forward: Mapping[int, list[Op]]) -> list[list[int]]:
             chains[-1].append(unit)
         else:
             chains.append([unit])
-    return [chain for chain in chains if len(chain) > FIRST + LAST]
+    return [chain for chain in chains if len(chain) > kept]
 
 
 def _callee(forward: Mapping[int, list[Op]], unit: int) -> str:

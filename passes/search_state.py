@@ -15,11 +15,14 @@ from .place import MEMORY_SHARE, PlacementResult, search_mesh
 from .search_costs import UnitCosts, unit_costs
 from .search_evaluate import Pipeline
 from .search_layouts import Layout
-from .search_program import Program, Programs
+from .search_program import Programs
 from .search_result import Found, Wishes, nothing_fits, rank, why
 
 #: limit of one placement, after which it is the best found
 _PLACE_S = 20.0
+#: one placement takes no more than this share of the budget that is left; with a price of memory
+#: there are several
+_PLACE_SHARE = 0.25
 #: relative gap at which the placement of a large program stops: below what the predictions are worth
 ENOUGH = 0.01
 #: more memory than any program takes: its placement is the fastest, whatever it holds
@@ -80,8 +83,9 @@ class State:
         self.placements += 1
         return search_mesh(
             program.module, layout.mesh, replace(layout.cluster, device=room),
-            limit_s=min(_PLACE_S, max(0.5, self.budget_s - self.seconds)), phases=program.phases,
-            micro=micro, constraints=Constraints(wanted.rules), enough=self.enough,
+            limit_s=min(_PLACE_S, max(0.5, _PLACE_SHARE * (self.budget_s - self.seconds))),
+            phases=program.phases, micro=micro, constraints=Constraints(wanted.rules),
+            enough=self.enough,
         )  # fmt: skip
 
     def costs(self, layout: Layout, placement: PlacementResult, micro: int) -> UnitCosts:
@@ -89,16 +93,18 @@ class State:
 
         Raises CompileError W0401 or W0402 where the micro-batch has too few rows for it.
         """
-        return self.read(self.programs.of(micro), layout, placement.choices)
+        return self.read(self.programs, micro, layout, placement.choices)
 
-    def read(self, program: Program, layout: Layout, choices: Choices) -> UnitCosts:
-        """As `costs`, of a program with some choices."""
+    @staticmethod
+    def read(programs: Programs, micro: int, layout: Layout, choices: Choices) -> UnitCosts:
+        """As `costs`, of any short form of the program."""
+        program = programs.of(micro)
         placed, phases = apply_phased(
             program.module, layout.mesh, replace(choices, phases=program.phases)
         )
         assert phases is not None  # they were given
         costs = unit_costs(placed, phases, program.unit_of, program.units, layout.cluster)
-        return costs.spread(self.programs.short.of, self.programs.units.edges)
+        return costs.spread(programs.short.of, programs.units.edges)
 
     def room_bytes(self, cluster: Cluster) -> float:
         """What a plan may fill of a device."""

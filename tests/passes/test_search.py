@@ -13,13 +13,16 @@ from weft.costmodel.cluster import Cluster, parse_cluster
 from weft.ir.errors import CompileError
 from weft.ir.module import Module
 from weft.ir.types import Mesh
+from weft.ir.verify import verify
 from weft.passes import search_program
 from weft.passes.micro import time_split
 from weft.passes.place import search_mesh
-from weft.passes.search import Wishes, search_plan
+from weft.passes.price import price
+from weft.passes.search import Wishes, layouts_of, search_plan
+from weft.passes.search_carry import Source
 from weft.passes.search_costs import unit_costs
 from weft.passes.search_mixed import lines_of, places_of, shares_of
-from weft.passes.search_realize import realize, simulated
+from weft.passes.search_realize import realize, simulated, structure
 from weft.passes.search_short import shorten
 from weft.passes.search_units import units_of
 from weft.passes.stages import cut
@@ -62,10 +65,48 @@ def test_a_shortened_program_finds_the_plan_of_the_whole_one(monkeypatch: pytest
     assert short is not None and len(short.module.entry.ops) < len(module.entry.ops)
     wishes = Wishes(stages=2, micro=4)
     fast = search_plan(module, FAST, wishes=wishes, finalists=0)
-    monkeypatch.setattr(search_program, "shorten", lambda split, units: None)
+    monkeypatch.setattr(search_program, "shorten", lambda *_: None)
     whole = search_plan(module, FAST, wishes=wishes, finalists=0)
     # placements of equal cost may differ at the ends of the chain
     assert fast.best.pipeline.step_us == pytest.approx(whole.best.pipeline.step_us, rel=0.03)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_is_written_down_costs_what_was_evaluated(recompute: bool) -> None:
+    """Stages take the placement of the short program over, op by op."""
+    cluster = parse_cluster("2x2:a100")
+    wishes = Wishes(stages=2, micro=4, order="1f1b")
+    layouts = [layout for layout in layouts_of(cluster, 2) if layout.stages == 2][:1]
+    found = search_plan(
+        wide(512), cluster, wishes=wishes, layouts=layouts, finalists=0
+    ).best
+    stages = tuple(replace(stage, recompute=recompute) for stage in found.pipeline.stages)
+    programs = search_program.Programs(wide(512))
+    program = programs.of(4)
+    assert found.placement is not None
+    choices = replace(found.placement.choices, phases=program.phases)
+    source = Source.make(program, programs.short.of, choices, found.layout.mesh)
+    split = time_split(programs.module, 4)
+    written = realize(
+        split, units_of(split), replace(found.pipeline, stages=stages), found.layout.cluster,
+        source=source,
+    )  # fmt: skip
+    for stage, module, phases in zip(stages, written.placed, written.phases, strict=True):
+        verify(module)
+        cost = price(module, found.layout.cluster, phases, 4).phase_us
+        again = stage.forward_us if recompute else 0.0
+        assert cost["forward"] == pytest.approx(stage.forward_us, rel=0.02)
+        assert cost["backward"] == pytest.approx(stage.backward_us + again, rel=0.05)
+
+
+def test_equal_parts_have_equal_structures() -> None:
+    """Names of blocks and parameters do not count; what is in front of the first block does."""
+    split = time_split(wide(64), 2)
+    units = units_of(split)
+    pieces = cut(split, [unit // 2 for unit in units.stage_of])
+    keys = [structure(piece) for piece in pieces]
+    assert len(set(keys[1:-1])) == 1 and keys[0] != keys[1]
+    assert len({structure(piece, named=True) for piece in pieces}) == len(pieces)
 
 
 def test_slow_links_between_hosts_get_stages() -> None:
