@@ -278,6 +278,27 @@ def _norm(b: _Builder, op: Op, shift: int) -> tuple[Node, ...]:
     return (y, *statistics, rstd)
 
 
+def _norm_backward(b: _Builder, op: Op, shift: int) -> tuple[Node, ...]:
+    """Gradients of layer_norm and rms_norm; those of weight and bias are sums over the rows."""
+    *_, rstd = op.operands
+    length = op.results[0].type.shape[-1]
+
+    def at(shift: int) -> tuple[Node, Node, Node]:
+        """dy, the normalized x, and dy * weight at a shift."""
+        dy, x, weight, *mean = (b.node(value, shift) for value in op.operands[:-1])
+        hat = (x - mean[0] if mean else x) * b.node(rstd, shift)
+        return dy, hat, dy * weight
+
+    (dy0, hat0, g0), (_, hat, g) = at(0), at(shift)
+    dx = g - hat * (b.graph.sum(g0 * hat0, length) * (1.0 / length))
+    if op.name == "layer_norm_backward":
+        dx = dx - b.graph.sum(g0, length) * (1.0 / length)
+    sums = (dy0 * hat0, dy0)[: len(op.results) - 1]
+    if b.space.row_sums:
+        sums = tuple(b.graph.make("row_sum", (x,), x.dtype, rows=False, column=True) for x in sums)
+    return (b.node(rstd, shift) * dx, *sums)
+
+
 def _cross_entropy(b: _Builder, op: Op, shift: int) -> tuple[Node, ...]:
     logits, labels = op.operands
     label = b.node(labels, 0)
@@ -304,7 +325,8 @@ _SHIFTED: dict[str, Callable[[_Builder, Op, int], tuple[Node, ...]]] = {
     "softmax": _softmax, "log_softmax": _softmax, "softmax_backward": _softmax_backward,
     "log_softmax_backward": _softmax_backward, "logsumexp": lambda b, op, s: (
         _lse(b, op.operands[0]),),
-    "layer_norm": _norm, "rms_norm": _norm, "cross_entropy": _cross_entropy,
+    "layer_norm": _norm, "rms_norm": _norm, "layer_norm_backward": _norm_backward,
+    "rms_norm_backward": _norm_backward, "cross_entropy": _cross_entropy,
     "cross_entropy_backward": _cross_entropy_backward,
 }  # fmt: skip
 #: ops that kernels can hold

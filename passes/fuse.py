@@ -44,8 +44,10 @@ class Fuse(Pass):
 def fuse(module: Module, *, optimizers: bool = False) -> Module:
     """A module whose pointwise and row-wise chains are calls of kernel functions."""
     library = _Library(module)
+    # on a GPU one op is worth a kernel too: launching a binary takes less than ATen's dispatcher
+    alone = module.mesh is not None and module.mesh.device != "cpu"
     functions = [
-        function if "kernel" in function.attrs else _rewrite(function, library, optimizers)
+        function if "kernel" in function.attrs else _rewrite(function, library, optimizers, alone)
         for function in module.functions
     ]
     return module.with_(functions=(*functions, *library.functions))
@@ -112,8 +114,8 @@ def _location(region: Region) -> Location:
     return replace(last, path=_common_path(region.ops) or last.path)
 
 
-def _rewrite(function: Function, library: _Library, optimizers: bool) -> Function:
-    regions = Regions(function, optimizers=optimizers).find()
+def _rewrite(function: Function, library: _Library, optimizers: bool, alone: bool) -> Function:
+    regions = Regions(function, optimizers=optimizers, alone=alone).find()
     if not regions:
         return function
     inside = {i for region in regions for i in region.members}

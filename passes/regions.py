@@ -21,7 +21,7 @@ from ..ir.module import Attr, Function, Op, Value
 from ..ir.opdef import OPS, full_attrs, signature_of
 from ..ir.signature import SignatureError
 from ..ir.types import DTYPES, FLOATS
-from .space import VIEWS, NoSpace, Space, analyse, column_dims, is_row_sum, parameters
+from .space import VIEWS, NoSpace, Space, analyse, column_dims, parameters, row_sums
 
 #: more ops than this make a kernel that needs too many registers, and a slow search for regions
 MAX_OPS = 48
@@ -36,7 +36,8 @@ NEAR = 16
 
 ROW = frozenset({
     "softmax", "softmax_backward", "log_softmax", "log_softmax_backward", "logsumexp", "layer_norm",
-    "rms_norm", "cross_entropy", "cross_entropy_backward",
+    "layer_norm_backward", "rms_norm", "rms_norm_backward", "cross_entropy",
+    "cross_entropy_backward",
 })  # fmt: skip
 REDUCTIONS = frozenset({"reduce_sum", "reduce_max", "reduce_min"})
 OPTIMIZERS = frozenset({"adam_update", "adamw_update", "sgd_update", "momentum_update"})
@@ -54,8 +55,8 @@ BOOLEAN = frozenset({
 })  # fmt: skip
 #: exponents that are products and roots; others would need a power function of the device library
 EXPONENTS = frozenset({-2.0, -1.0, -0.5, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0})
-#: ops that are a kernel even alone, because their reference is a sequence of ATen calls
-WORTH_ALONE = OPTIMIZERS | {"rms_norm", "cross_entropy", "cross_entropy_backward"}
+#: ops that are a kernel even alone: their reference is a sequence of ATen calls, or reads rows twice
+WORTH_ALONE = OPTIMIZERS | ROW
 
 
 def is_view(op: Op) -> bool:
@@ -108,7 +109,7 @@ def can_fuse(op: Op, defs: dict[str, Op], *, optimizers: bool) -> bool:
         return not vocabulary and signature_of(op).size("n") > 1
     if op.name in REDUCTIONS or op.name in JOINS:
         try:
-            return (is_row_sum(op) or bool(column_dims(op))) and op.result.type.dtype != "bool"
+            return (row_sums(op) or bool(column_dims(op))) and op.result.type.dtype != "bool"
         except NoSpace:
             return False
     if family == "optimizer":
@@ -153,9 +154,15 @@ class _Cluster:
 
 
 class Regions:
-    """The regions of one function."""
+    """The regions of one function.
 
-    def __init__(self, function: Function, *, optimizers: bool) -> None:
+    Args:
+        optimizers: put optimizer updates into kernels.
+        alone: a region of one op is worth a kernel.
+    """
+
+    def __init__(self, function: Function, *, optimizers: bool, alone: bool = False) -> None:
+        self.alone = alone
         self.ops = function.ops
         self.index = {r.name: i for i, op in enumerate(self.ops) for r in op.results}
         defs = function.defs()
@@ -188,7 +195,7 @@ class Regions:
         for cluster in self.clusters.values():
             if cluster.fusible:
                 region = self._region(cluster.members)
-                if region is not None and region.space.points > 1 and _worthwhile(region):
+                if region is not None and region.space.points > 1 and _worthwhile(region, self.alone):
                     regions.append(region)
         return regions
 
@@ -337,10 +344,10 @@ def _late(function: Function) -> set[int]:
     return late
 
 
-def _worthwhile(region: Region) -> bool:
+def _worthwhile(region: Region, alone: bool) -> bool:
     """Does a kernel save memory traffic or launches?"""
     counted = [op.name for op in region.ops if op.name not in VIEWS | JOINS]
-    return len(counted) >= 2 or any(name in WORTH_ALONE for name in counted)
+    return len(counted) >= (1 if alone else 2) or any(name in WORTH_ALONE for name in counted)
 
 
 def topological(

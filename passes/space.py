@@ -28,6 +28,8 @@ VIEWS = frozenset({"constant", "iota", "expand", "reshape", "permute", "slice"})
 #: Longest column along which rows may be summed. The sums are kept in registers while a program
 #: walks its rows, so the whole column has to fit, as for a row that is kept in registers.
 ROW_SUM_COLUMNS = 8192
+#: ops whose results behind the first are sums over all rows
+NORM_BACKWARD = frozenset({"layer_norm_backward", "rms_norm_backward"})
 #: ops whose operands and results have columns of different length
 RESIZING = frozenset({"slice", "concat", "pad"})
 
@@ -82,14 +84,18 @@ def parameters(ops: Iterable[Op]) -> list[Value]:
     return list(found.values())
 
 
-def is_row_sum(op: Op) -> bool:
-    """Does an op sum all dims but the last one, as the gradients of biases and norm weights do?"""
-    if op.name != "reduce_sum":
-        return False
-    dims, shape = op.attrs["dims"], op.operands[0].type.shape
-    assert isinstance(dims, tuple)
+def row_sums(op: Op) -> tuple[Value, ...]:
+    """The results that are sums over all dims but the last one: gradients of biases and norm weights."""
+    shape = op.operands[0].type.shape if op.operands else ()
     present = [d for d, size in enumerate(shape) if size > 1]
-    return len(present) > 1 and [d for d in present if d not in dims] == present[-1:]
+    if op.name in NORM_BACKWARD:
+        return op.results[1:] if present != [len(shape) - 1] else ()
+    if op.name != "reduce_sum":
+        return ()
+    dims = op.attrs["dims"]
+    assert isinstance(dims, tuple)
+    sums = len(present) > 1 and [d for d in present if d not in dims] == present[-1:]
+    return op.results if sums else ()
 
 
 def column_dims(op: Op) -> tuple[str, ...]:
@@ -98,7 +104,7 @@ def column_dims(op: Op) -> tuple[str, ...]:
     family = OPS[op.name].family
     if family == "row":
         return ("n",)
-    if family == "reduction" and not is_row_sum(op):
+    if family == "reduction" and not row_sums(op):
         dims, shape = attrs["dims"], op.operands[0].type.shape
         assert isinstance(dims, tuple)
         names = tuple(f"a{d}" for d in dims if shape[int(str(d))] > 1)
@@ -162,7 +168,7 @@ class _Analysis:
             )
             for name, value in self.values.items()
         }
-        sums = frozenset(op.result.name for op in self.ops if is_row_sum(op))
+        sums = frozenset(value.name for op in self.ops for value in row_sums(op))
         extents = tuple(self.extents[cls] for cls in rows)
         space = Space(extents, column, maps, bool(self.wanted), sums)
         self.check(space)
@@ -308,7 +314,7 @@ class _Analysis:
         for op in self.ops:
             if any(value.name in space.row_sums for value in op.operands):
                 raise NoSpace(f"{op.name} reads a sum over all rows")
-            if is_row_sum(op):
+            if row_sums(op):
                 value = op.operands[0]
                 have = [place for place in space.maps[value.name] if place is not None]
                 if sorted(have) != [COLUMN, *range(len(space.rows))]:

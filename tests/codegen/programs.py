@@ -236,12 +236,38 @@ def bias_gelu_backward(dtype: str, rows: tuple[int, ...], n: int) -> Module:
     return program(make)
 
 
+def layer_norm_backward(dtype: str, rows: tuple[int, ...], n: int) -> Module:
+    """Gradients of layer_norm, of which that of x meets the residual's."""
+
+    def make(b: Builder) -> list[Value]:
+        dy, x, r = (b.param(tensor(dtype, *rows, n), name) for name in ("dy", "x", "residual"))
+        w = b.param(tensor(dtype, n), "w")
+        mean, rstd = (b.param(tensor("f32", *rows, 1), name) for name in ("mean", "rstd"))
+        dx, dw, db = b.many("layer_norm_backward", [dy, x, w, mean, rstd])
+        return [b.one("add", [dx, r]), dw, db]
+
+    return program(make, "bert.encoder.layer.0.output")
+
+
+def rms_norm_backward(dtype: str, rows: tuple[int, ...], n: int) -> Module:
+    """The rms_norm_backward op alone."""
+
+    def make(b: Builder) -> list[Value]:
+        dy, x = b.param(tensor(dtype, *rows, n), "dy"), b.param(tensor(dtype, *rows, n), "x")
+        w, rstd = b.param(tensor(dtype, n), "w"), b.param(tensor("f32", *rows, 1), "rstd")
+        return list(b.many("rms_norm_backward", [dy, x, w, rstd]))
+
+    return program(make)
+
+
+#: programs with sums over all rows, whose column must fit into registers
+ROW_SUMS = ("norm_backward", "bias_gelu_backward", "layer_norm_backward", "rms_norm_backward")
 #: name -> maker of a module from (dtype, row dims, columns)
 PROGRAMS: dict[str, Callable[[str, tuple[int, ...], int], Module]] = {
     f.__name__: f
     for f in (
         residual_rms_norm, layer_norm, rms_norm, masked_softmax, log_softmax_pair, swiglu,
         swiglu_packed, swiglu_backward, rope, rope_backward, cross_entropy, adamw, momentum,
-        norm_backward, bias_gelu_backward,
+        norm_backward, bias_gelu_backward, layer_norm_backward, rms_norm_backward,
     )
 }  # fmt: skip
