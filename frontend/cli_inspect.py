@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import webbrowser
+from collections import Counter
 from pathlib import Path
 
 import click
@@ -14,7 +15,10 @@ from ..costmodel.cluster_json import cluster_of
 from ..costmodel.simulate import simulate
 from ..ir.errors import RunError, WeftError
 from ..ir.module import Module, Op
+from ..passes.traffic import Traffic, leftovers, traffic_of
 from ..runtime.artifact import Artifact
+from ..runtime.executable import kernel_folder
+from ..runtime.kernels import kernel_manifest
 from .describe import (
     collectives,
     diff,
@@ -98,6 +102,55 @@ def _memory(artifact: Artifact, limit: int) -> None:
         console.print(f"and {len(rows) - limit} more (--limit)")
 
 
+def _kernels(artifact: Artifact, limit: int) -> None:
+    """What each block's kernels move and compute, and what the manifest says of each kernel."""
+    table = Table(
+        "block", "kernels", "traffic", "in kernels", "FLOPs in kernels", "rows fused",
+        "rows moved", "of the bound", title="a step of one rank",
+    )  # fmt: skip
+    total, left = Traffic(), Counter[str]()
+    for module in artifact.schedules():
+        found = traffic_of(module)
+        left.update(leftovers(module))
+        for block, traffic in found.items():
+            total.add(traffic)
+            table.add_row(*_traffic_row(block, traffic))
+    table.add_section()
+    table.add_row(*_traffic_row("all", total))
+    console.print(table)
+    if left:
+        rows = ", ".join(f"{name} {human_bytes(size)}" for name, size in left.most_common(limit))
+        console.print(f"rows outside of kernels: {rows}", markup=False)
+    needs = Table("kernel", "walks", "moves", "registers", "spills", "shared", "runs as")
+    stages = len(artifact.schedules())
+    entries = [
+        entry
+        for stage in range(stages)
+        for entry in kernel_manifest(kernel_folder(artifact.path, stages, stage))["kernels"]
+    ]
+    entries.sort(key=lambda entry: -entry.get("bytes_moved", 0))
+    for entry in entries[:limit]:
+        cells = [str(entry.get(key, "")) for key in ("registers", "spill_bytes", "shared_bytes")]
+        runs = entry["reason"] or ("binary" if "binary" in entry else "source")
+        moves = human_bytes(entry["bytes_moved"]) if "bytes_moved" in entry else ""
+        needs.add_row(entry["name"], entry.get("kind", ""), moves, *cells, escape(runs))
+    console.print(needs)
+    if len(entries) > limit:
+        console.print(f"and {len(entries) - limit} more (--limit)")
+
+
+def _traffic_row(block: str, traffic: Traffic) -> list[str]:
+    def share(part: float, whole: float) -> str:
+        return f"{100 * part / whole:.0f} %" if whole else ""
+
+    ratio = f"{traffic.rows_moved / traffic.rows_bound:.2f}x" if traffic.rows_bound else ""
+    return [
+        escape(block), str(traffic.kernels), human_bytes(traffic.moved),
+        share(traffic.moved_in_kernels, traffic.moved), share(traffic.flops_in_kernels, traffic.flops),
+        share(traffic.rows_in_kernels, traffic.rows), human_bytes(traffic.rows_moved), ratio,
+    ]  # fmt: skip
+
+
 def _explain(artifact: Artifact, path: str, limit: int) -> None:
     """Placement, cost and runner-up, where the artifact has a placed level and the path is there."""
     modules = [artifact.module(dump) for dump in artifact.dumps]
@@ -152,11 +205,13 @@ def _dump(artifact: Artifact, name: str) -> Path:
 @click.option(
     "--op", "path", default="", metavar="PATH", help="Placement, cost and history of a module path."
 )
+@click.option("--kernels", is_flag=True, help="What generated kernels move, block by block.")
 @click.option("--html", is_flag=True, help="Open the report page.")
 @click.option("--limit", default=20, show_default=True, help="Rows of each table.")
 def inspect(
-    folder: Path, dump: str, pair: tuple[str, str] | None, path: str, html: bool, limit: int
-) -> None:
+    folder: Path, dump: str, pair: tuple[str, str] | None, path: str, kernels: bool, html: bool,
+    limit: int,
+) -> None:  # fmt: skip
     """Show what an artifact holds: levels, collectives, placements, an op's history."""
     try:
         artifact = Artifact.open(folder)
@@ -169,6 +224,8 @@ def inspect(
         elif path:
             _explain(artifact, path, limit)
             _history(artifact, path, limit)
+        elif kernels:
+            _kernels(artifact, limit)
         elif html:
             page = (artifact.path / "report.html").resolve()
             console.print(str(page), markup=False, soft_wrap=True)

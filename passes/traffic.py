@@ -1,9 +1,10 @@
 """How much of a plan's memory traffic and arithmetic goes through generated kernels, block by block.
 
 Traffic counts each tensor of an op, or of a kernel, once; views and constants move nothing. Rows are
-the pointwise, row-wise, reduction and optimizer ops, joins and pads. Their lower bound is that of *regions*: rows that
-are connected and have as many other ops (products, collectives) on the longest path to them, so that
-one kernel could hold them, with each input read once and each output written once.
+the pointwise, row-wise, reduction and optimizer ops, joins and pads. Their lower bound is that of
+*regions*: rows that are connected and have as many other ops (products, collectives) on the longest
+path to them, so that one kernel could hold them, with each input read once and each output written
+once.
 """
 
 from __future__ import annotations

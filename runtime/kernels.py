@@ -46,13 +46,7 @@ def load_kernels(
     for a folder of another version.
     """
     folder = Path(folder)
-    path = folder / "manifest.json"
-    if not path.is_file():
-        return {}
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    if manifest.get("format") != FORMAT:
-        raise RunError("W0702", f"{path} has format {manifest.get('format')}, this weft reads {FORMAT}",
-                       hint="compile the plan again")  # fmt: skip
+    manifest = kernel_manifest(folder)
     on_gpu = driver is not None or (device is not None and device.type == "cuda")
     found: dict[str, Kernel] = {}
     for entry in manifest["kernels"]:
@@ -70,6 +64,21 @@ def load_kernels(
         else:
             found[entry["name"]] = kernel
     return found
+
+
+def kernel_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder of kernels; one without kernels where there is none.
+
+    Raises RunError W0702 for a folder of another version.
+    """
+    path = folder / "manifest.json"
+    if not path.is_file():
+        return {"kernels": []}
+    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if manifest.get("format") != FORMAT:
+        raise RunError("W0702", f"{path} has format {manifest.get('format')}, this weft reads {FORMAT}",
+                       hint="compile the plan again")  # fmt: skip
+    return manifest
 
 
 def _binary(

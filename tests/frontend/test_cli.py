@@ -82,6 +82,8 @@ def test_inspect_shows_levels_collectives_and_histories(artifact: Path) -> None:
     assert history.exit_code == 0 and "einsum" in history.output
     assert weft("inspect", artifact, "--ir", "lower").output.startswith("weft 1 spmd")
     assert "+" in weft("inspect", artifact, "--diff", "simplify", "outline").output
+    kernels = weft("inspect", artifact, "--kernels").output
+    assert all(word in kernels for word in ("traffic", "blocks", "registers", "fused"))
     missing = weft("inspect", artifact, "--op", "nowhere.at.all")
     assert missing.exit_code == 2
 
