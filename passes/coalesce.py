@@ -18,7 +18,7 @@ from ..ir.module import Function, Module, Namer, Op
 from ..ir.types import Mesh, local_bytes
 from .base import Pass
 from .coalesce_form import Form, Former, form_of
-from .joined import STARTUPS, bucket_bytes, is_small
+from .joined import STARTUPS, bucket_bytes, is_small, updates_last
 from .lower import module_cost
 from .reshard import StepCost
 
@@ -51,7 +51,8 @@ class Coalesce(Pass):
     def run(self, module: Module) -> Module:
         """The module with fewer collectives."""
         mesh = module.mesh or Mesh()
-        entry = coalesced(module.entry, mesh, limits_of(mesh, module_cost(module)))
+        entry = module.entry.with_(ops=updates_last(module))
+        entry = coalesced(entry, mesh, limits_of(mesh, module_cost(module)))
         return module.with_(functions=(entry, *module.functions[1:]))
 
 

@@ -6,13 +6,14 @@ price and lowering ask here, so that they agree; what is joined in the end is de
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from typing import NamedTuple
 
-from ..ir.module import Function, Module, Op
-from ..ir.opdef import OPS
+from ..ir.module import Module, Op
+from ..ir.ops import OPS
 from ..ir.types import FLOATS
 from .reshard import StepCost
 
@@ -23,7 +24,8 @@ STARTUPS: Mapping[str, float] = {"all_reduce": 8.0, "reduce_scatter": 8.0, "all_
 #: sizes from which the line through a collective's times is taken, in bytes
 _EMPTY, _FULL = 4, 1 << 24
 #: families whose ops stand between the gradients and the end of a step
-_LIGHT = frozenset({"pointwise", "reduction", "movement", "optimizer", "control", "creation"})
+_LIGHT = frozenset({"pointwise", "reduction", "movement", "optimizer", "control", "creation",
+                    "collective"})  # fmt: skip
 
 
 def bucket_bytes(cost: StepCost, name: str, ranks: int, axis: str) -> float:
@@ -59,58 +61,91 @@ def joins(module: Module) -> Joins:
         value for value, attrs in zip(entry.params, entry.param_attrs, strict=True)
         if attrs.get("role") == "param" and value.type.dtype in FLOATS
     ]  # fmt: skip
-    ops = [op for op in entry.ops if op.name != "reshard"]
-    origin = {op.results[0].name: op.operands[0].name for op in entry.ops if op.name == "reshard"}
-    made = {
-        value.name: index for index, op in enumerate(ops) for value in op.results
-        if value.type.dtype in FLOATS
-    }  # fmt: skip
+    kinds = _Kinds(module)
+    first, last = kinds.parted()
+    ops = [op for op in (*first, *last) if op.name != "reshard"]
+    origin = {op.result.name: op.operands[0].name for op in entry.ops if op.name == "reshard"}
     read = {origin.get(value.name, value.name): len(ops) for value in entry.results}
     for index in reversed(range(len(ops))):
-        for value in ops[index].operands:
-            read[origin.get(value.name, value.name)] = index
-    spans = [(made[name], index, name) for name, index in read.items() if name in made]
-    heavy = _heavy(module)
-    first = 1 + max((i for i, op in enumerate(ops) if _is_heavy(op, heavy)), default=-1)
-    border, end = _border(spans, first, len(ops)), len(ops)
-    names = {
-        name for start, stop, name in spans
-        if start < border <= stop or (border <= start and stop == end)
-    }  # fmt: skip
-    names.update(value.name for value in weights)
+        read.update((origin.get(value.name, value.name), index) for value in ops[index].operands)
+    lives = [
+        _Life(value.name, 0 if OPS[op.name].family == "pointwise" else value.type.numel,
+              index, read.get(value.name, index))
+        for index, op in enumerate(ops) for value in op.results if value.type.dtype in FLOATS
+    ]  # fmt: skip
+    earliest = 1 + max((i for i, op in enumerate(ops) if kinds.heavy(op)), default=-1)
+    latest = sum(op.name != "reshard" for op in first)
+    border = _border(lives, min(earliest, latest), latest)
+    names = {value.name for value in weights}
+    names |= {life.name for life in lives if life.made < border <= life.read}
+    names |= {life.name for life in lives if border <= life.made and life.read == len(ops)}
     return Joins(frozenset(names), tuple(sorted(value.type.bytes for value in weights)))
 
 
-def _border(spans: Sequence[tuple[int, int, str]], first: int, end: int) -> int:
-    """The position, from `first` on, over which most values live: all gradients are there."""
-    lives = [0] * (end + 2)
-    for start, stop, _ in spans:
-        if stop >= first:
-            lives[max(start + 1, first)] += 1
-            lives[stop + 1] -= 1
-    counts = list(accumulate(lives))
-    return max(range(first, end + 1), key=counts.__getitem__)
+def updates_last(module: Module) -> tuple[Op, ...]:
+    """The ops of the entry with the optimizer's updates, and what depends on them, behind all others.
+
+    In a program the update of a block may stand right behind its backward; what reads its gradient
+    can wait. `schedule` does each update as soon as its gradient is there, whatever the order.
+    """
+    first, last = _Kinds(module).parted()
+    return (*first, *last)
 
 
-def _is_heavy(op: Op, heavy: Set[str]) -> bool:
-    if op.name == "call":
-        return str(op.attrs["callee"]) in heavy
-    return OPS[op.name].family not in _LIGHT
+class _Kinds:
+    """What the ops of a module are, functions that they call included."""
+
+    def __init__(self, module: Module) -> None:
+        self.entry = module.entry
+        self.table = {function.name: function for function in module.functions}
+        self.known: dict[str, frozenset[str]] = {}
+
+    def heavy(self, op: Op) -> bool:
+        """More than what stands between the gradients and the end of a step?"""
+        return not self._families(op) <= _LIGHT
+
+    def parted(self) -> tuple[list[Op], list[Op]]:
+        """The ops of the entry, and those that depend on an update, updates included."""
+        late: set[str] = set()
+        parts: tuple[list[Op], list[Op]] = [], []
+        for op in self.entry.ops:
+            families = self._families(op)
+            own = "optimizer" in families and families <= _LIGHT
+            own = own or any(value.name in late for value in op.operands)
+            if own:
+                late.update(value.name for value in op.results)
+            parts[own].append(op)
+        return parts
+
+    def _families(self, op: Op) -> frozenset[str]:
+        if op.name != "call":
+            return frozenset((OPS[op.name].family,))
+        name = str(op.attrs["callee"])
+        if name not in self.known:
+            inner = (self._families(inner) for inner in self.table[name].ops)
+            self.known[name] = frozenset[str]().union(*inner)
+        return self.known[name]
 
 
-def _heavy(module: Module) -> Set[str]:
-    """Functions that hold more than what stands behind a backward pass."""
-    table = {function.name: function for function in module.functions}
-    known: dict[str, bool] = {}
+class _Life(NamedTuple):
+    """A value of the entry: the index of the op that makes it, of its first reader; its elements if
+    it may be a gradient as the backward makes it, not one that has been cast or scaled since."""
 
-    def visit(function: Function) -> bool:
-        if function.name not in known:
-            callees = [table[str(op.attrs["callee"])] for op in function.ops if op.name == "call"]
-            light = all(OPS[op.name].family in _LIGHT for op in function.ops)
-            known[function.name] = not light or any([visit(callee) for callee in callees])
-        return known[function.name]
+    name: str
+    numel: int
+    made: int
+    read: int
 
-    return {function.name for function in module.functions[1:] if visit(function)}
+
+def _border(lives: Sequence[_Life], first: int, last: int) -> int:
+    """The position among `first` to `last` over which most elements live: all gradients are there."""
+    change = [0] * (last + 2)
+    for life in lives:
+        if life.read >= first and life.made < last:
+            change[max(life.made + 1, first)] += life.numel
+            change[min(life.read, last) + 1] -= life.numel
+    sums = list(accumulate(change))
+    return max(range(first, last + 1), key=sums.__getitem__)
 
 
 @lru_cache(maxsize=256)

@@ -14,6 +14,7 @@ Log-sum-exp splits: see `passes/lower_lse.py`.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,6 +23,7 @@ from ..costmodel.collectives import collective_cost
 from ..ir.module import Function, Module, Namer, Op, Value
 from ..ir.types import Mesh
 from .base import Pass
+from .joined import joined_cost, joins
 from .lower_lse import FIXES, Fixer, lse_axes, placement_of
 from .reshard import Placements, StepCost, default_cost, plan_from
 
@@ -34,8 +36,11 @@ def lower(module: Module, cost: StepCost | None = None) -> Module:
     """
     mesh = module.mesh or Mesh()
     step_cost = cost or module_cost(module)
-    functions = tuple(_Lowering(f, mesh, step_cost).run() for f in module.functions)
-    return module.with_(level="spmd", functions=functions)
+    found = joins(module)
+    small = joined_cost(step_cost, found.sizes)
+    entry = _Lowering(module.entry, mesh, step_cost, small, found.names).run()
+    rest = (_Lowering(function, mesh, step_cost).run() for function in module.functions[1:])
+    return module.with_(level="spmd", functions=(entry, *rest))
 
 
 def module_cost(module: Module) -> StepCost:
@@ -68,10 +73,18 @@ class Lower(Pass):
 
 
 class _Lowering:
-    """Lowers one function."""
+    """Lowers one function; values of `names` are resharded at the cost `small`."""
 
-    def __init__(self, function: Function, mesh: Mesh, cost: StepCost) -> None:
+    def __init__(
+        self,
+        function: Function,
+        mesh: Mesh,
+        cost: StepCost,
+        small: StepCost | None = None,
+        names: Set[str] = frozenset(),
+    ) -> None:
         self.function, self.mesh, self.cost = function, mesh, cost
+        self.small, self.names = small or cost, names
         taken = [p.name for p in function.params]
         taken += [result.name for op in function.ops for result in op.results]
         self.namer = Namer(tuple(taken))
@@ -102,7 +115,8 @@ class _Lowering:
         root = self.origin.get(held.name, held.name)
         copies = self.copies.setdefault(root, {placement_of(held): held})
         target = placement_of(op.result)
-        start, steps, _ = plan_from(held.type, self.mesh, tuple(copies), target, self.cost)
+        cost = self.small if root in self.names else self.cost
+        start, steps, _ = plan_from(held.type, self.mesh, tuple(copies), target, cost)
         current = list(copies.values())[start]
         for number, step in enumerate(steps, start=1):
             last = number == len(steps)

@@ -19,6 +19,7 @@ from ..ir.types import FLOATS, Mesh, TensorType, local_bytes
 from .apply import ACCUMULATED, BATCHED, LOOP, FunctionChoices
 from .constraints import Rule, Selection
 from .inline import rebase
+from .joined import joins
 from .place_edges import Edge, Edges, End
 from .place_network import FORBIDDEN, Array, Network, reduce
 from .place_states import State, states_of
@@ -73,7 +74,8 @@ class Session:
         self, module: Module, mesh: Mesh, cluster: Cluster, selection: Selection, near: Near | None
     ) -> None:
         self.mesh, self.cluster, self.selection, self.near = mesh, cluster, selection, near
-        self.edges = Edges(mesh, cluster)
+        self.joins = joins(module)
+        self.edges = Edges(mesh, cluster, self.joins.sizes)
         self.functions = {function.name: function for function in module.functions}
         self.seen: set[Rule] = set()  #: rules that are about something
         self._bodies: dict[object, Body] = {}
@@ -353,8 +355,9 @@ class Body:
             return
         ends = [group[0].end for group in groups.values()]
         edge = self.session.edges.edge(
-            value.type, end.options, [e.options for e in ends], own / shared
-        )
+            value.type, end.options, [e.options for e in ends], own / shared,
+            self.entry and value.name in self.session.joins.names,
+        )  # fmt: skip
         if not edge.table.any():
             return
         if edge.hub is None:

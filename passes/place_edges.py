@@ -12,10 +12,11 @@ import numpy as np
 from ..costmodel.cluster import Cluster
 from ..costmodel.collectives import collective_cost
 from ..ir.types import B, Mesh, TensorType, local_bytes
+from .joined import joined_cost
 from .place_hub import Hub, make_hub
 from .place_network import FORBIDDEN, Array, Index
 from .place_states import State
-from .reshard import Placements, reshard_table_us
+from .reshard import Placements, StepCost, reshard_table_us
 
 
 class End(NamedTuple):
@@ -84,10 +85,11 @@ class Edge:
 
 
 class Edges:
-    """All edges of a module on a mesh."""
+    """All edges of a module on a mesh; `sizes` as in `joined.Joins`."""
 
-    def __init__(self, mesh: Mesh, cluster: Cluster) -> None:
+    def __init__(self, mesh: Mesh, cluster: Cluster, sizes: tuple[int, ...] = ()) -> None:
         self.mesh, self.cost = mesh, collective_cost(cluster, mesh)
+        self.joined = joined_cost(self.cost, sizes)
         self._same: dict[tuple[Placements, ...], tuple[Placements, ...]] = {}
         self.whole = self.same(((B,) * len(mesh.axes),))
         self._columns: dict[tuple[int, str, int], tuple[Placements, ...]] = {}
@@ -113,16 +115,19 @@ class Edges:
         options: tuple[Placements, ...],
         needs: Sequence[tuple[Placements, ...]],
         again: float = 1.0,
+        joined: bool = False,
     ) -> Edge:
         """The reshards from what a producer gives to what each reader needs.
 
         Args:
             options, needs: objects of `same` or `column`.
             again: how often a reader's own reshard runs for each time that a copy is made.
+            joined: whether its small collectives are joined with others.
         """
-        key = (type.dtype, type.shape, id(options), *map(id, needs), again)
+        key = (type.dtype, type.shape, id(options), *map(id, needs), again, joined)
         if key not in self._edges:
-            self._edges[key] = self._new(type, options, needs, again)
+            cost = self.joined if joined else self.cost
+            self._edges[key] = self._new(type, options, needs, again, cost)
         return self._edges[key]
 
     def _new(
@@ -131,10 +136,11 @@ class Edges:
         options: tuple[Placements, ...],
         needs: Sequence[tuple[Placements, ...]],
         again: float,
+        cost: StepCost,
     ) -> Edge:
         sources = tuple(dict.fromkeys(options))
         targets = tuple(dict.fromkeys(p for need in needs for p in need))
-        table = reshard_table_us(type, self.mesh, sources, targets, self.cost)
+        table = reshard_table_us(type, self.mesh, sources, targets, cost)
         table = np.where(table == inf, FORBIDDEN, table)
         row = {placement: i for i, placement in enumerate(sources)}
         column = {placement: j for j, placement in enumerate(targets)}

@@ -16,8 +16,9 @@ from ..ir.errors import CompileError
 from ..ir.module import Function, Module, Op
 from ..ir.types import Mesh, local_bytes
 from .apply import LOOP
+from .joined import joined_cost, joins
 from .place_body import PERSISTENT
-from .reshard import reshard_cost_us
+from .reshard import StepCost, reshard_cost_us
 
 
 @dataclass(frozen=True)
@@ -110,18 +111,24 @@ class Pricer:
     def __init__(self, module: Module, mesh: Mesh, cluster: Cluster) -> None:
         self.module, self.mesh, self.cluster = module, mesh, cluster
         self.cost = collective_cost(cluster, mesh)
+        self.joins = joins(module)
+        self.joined = joined_cost(self.cost, self.joins.sizes)
         self.table = {function.name: function for function in module.functions}
         self.known: dict[str, tuple[float, float]] = {}
 
     def op_us(self, op: Op) -> tuple[float, float]:
-        """(compute, reshards) of one run."""
+        """(compute, reshards) of one run of an op of the entry."""
+        small = op.name == "reshard" and op.operands[0].name in self.joins.names
+        return self._us(op, self.joined if small else self.cost)
+
+    def _us(self, op: Op, cost: StepCost) -> tuple[float, float]:
         if op.name == "call":
             return self.function_us(str(op.attrs["callee"]))
         if op.name == "reshard":
             source, target = op.operands[0].type, op.result.type
             assert source.placement is not None and target.placement is not None
             return 0.0, reshard_cost_us(
-                source, self.mesh, source.placement, target.placement, self.cost
+                source, self.mesh, source.placement, target.placement, cost
             )
         states = tuple(op.split.get(axis, "") for axis in self.mesh.names)
         return op_time_us(op, states, self.mesh, self.cluster), 0.0
@@ -129,7 +136,7 @@ class Pricer:
     def function_us(self, name: str) -> tuple[float, float]:
         """(compute, reshards) of one call."""
         if name not in self.known:
-            times = [self.op_us(op) for op in self.table[name].ops]
+            times = [self._us(op, self.cost) for op in self.table[name].ops]
             self.known[name] = sum(c for c, _ in times), sum(r for _, r in times)
         return self.known[name]
 

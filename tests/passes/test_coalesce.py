@@ -96,7 +96,7 @@ def test_each_collective_of_small_tensors_happens_once(
     results: list[Value] = []
     for number, shape in enumerate([(6, 12), (12, 6), (6, 6, 5)]):
         type = TensorType("f64", shape)
-        value = builder.param(type.placed(source), role="param", name=f"p{number}")
+        value = builder.param(type.placed(source), role="input", name=f"p{number}")
         results += builder.many("reshard", [value], types=[type.placed(target)])
     entry = builder.function("main", results, [{"role": "output"}] * 3)
     apart = lower(Module("placed", (entry,), mesh))

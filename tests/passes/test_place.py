@@ -22,6 +22,7 @@ from weft.ir.module import Module, Value
 from weft.ir.types import B, Mesh, S, TensorType
 from weft.ir.verify import verify
 from weft.passes.apply import Choices, FunctionChoices, apply
+from weft.passes.joined import joined_cost, joins
 from weft.passes.lower import lower
 from weft.passes.place import Place, PlacementResult, search, search_mesh
 from weft.passes.place_runs import executions
@@ -42,7 +43,8 @@ class Enumeration:
 
     def __init__(self, module: Module, mesh: Mesh, cluster: Cluster) -> None:
         self.module, self.mesh = module, mesh
-        self.cost = collective_cost(cluster, mesh)
+        self.cost, self.joins = collective_cost(cluster, mesh), joins(module)
+        self.joined = joined_cost(self.cost, self.joins.sizes)
         self.runs = executions(module)
         self.whole = (B,) * len(mesh.axes)
         self.ops = [(f, i) for f in module.functions for i, op in enumerate(f.ops)
@@ -111,7 +113,8 @@ class Enumeration:
             updated = {v.name for values in updates.values() for v in values}
             for name, wanted in needs.items():
                 if name in held and name not in updated:
-                    one_run += self.reshards_us(types[name], held[name], wanted)
+                    small = entry and name in self.joins.names
+                    one_run += self.reshards_us(types[name], held[name], wanted, small)
             if entry:
                 for param in function.params:
                     one_run += self.parameter_us(param, needs, held, updates.get(param.name, []))
@@ -127,18 +130,21 @@ class Enumeration:
     ) -> float:
         best = float("inf")
         for own in legal_placements(param.type, self.mesh, ()):
-            cost = self.reshards_us(param.type, own, needs.get(param.name, set()))
+            wanted = needs.get(param.name, set())
+            cost = self.reshards_us(param.type, own, wanted, param.name in self.joins.names)
             for value in updates:
                 wanted = needs.get(value.name, set()) | {own}
-                cost += self.reshards_us(value.type, held[value.name], wanted)
+                small = value.name in self.joins.names
+                cost += self.reshards_us(value.type, held[value.name], wanted, small)
             best = min(best, cost)
         return best
 
-    def reshards_us(self, type: TensorType, held: Placements, wanted: set[Placements]) -> float:
-        """One reshard for each distinct placement that is asked for."""
-        return sum(
-            reshard_cost_us(type, self.mesh, held, p, self.cost) for p in wanted if p != held
-        )
+    def reshards_us(
+        self, type: TensorType, held: Placements, wanted: set[Placements], small: bool
+    ) -> float:
+        """One reshard for each distinct placement that is asked for; `small` ones are joined."""
+        cost = self.joined if small else self.cost
+        return sum(reshard_cost_us(type, self.mesh, held, p, cost) for p in wanted if p != held)
 
 
 def check_price(module: Module, result: PlacementResult, cluster: Cluster) -> None:
