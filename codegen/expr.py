@@ -134,7 +134,7 @@ class Graph:
     ) -> Node:
         """The node with these fields; it varies along what its operands vary along."""
         # repr tells 0.0 from -0.0, from 0 and from False
-        key = (op, tuple(id(arg) for arg in args), dtype, repr(data))
+        key = (op, tuple(id(arg) for arg in args), dtype, repr(data), rows, column)
         if key not in self._nodes:
             rows = any(arg.rows for arg in args) if rows is None else rows
             column = any(arg.column for arg in args) if column is None else column

@@ -225,21 +225,21 @@ class _Writer:
             tiles_n = tl.cdiv(N, BLOCK_N)
             <where>
             in_cols = col < N
-            k_a = tl.arange(0, BLOCK_K)<K_A>
-            k_b = tl.arange(0, BLOCK_K)<K_B>
+            k_a = tl.arange(0, BLOCK_K)<k_a_at>
+            k_b = tl.arange(0, BLOCK_K)<k_b_at>
             <pointers>
             <before>
-            acc = tl.zeros(<SHAPE>, dtype=<SUMS>)
-            for k0 in range(first_k, last_k, STEP):
+            acc = tl.zeros(<shape>, dtype=<sums>)
+            for k0 in range(first_k, last_k, <step>):
                 <loads>
             <after>
             """,
             where=self.grouped_tile() if self.gemm.groups else self.plain_tile(),
             pointers=self.pointers(), loads=self.loads(), before=self.before,
             after=self.split_end() if self.tile.splits > 1 else self.epilogue(),
-        ).replace("<K_A>", self.n_at).replace("<K_B>", self.m_at).replace(
-            "<SHAPE>", "[BLOCK_N, BLOCK_M]" if self.tile.swapped else "[BLOCK_M, BLOCK_N]"
-        ).replace("<SUMS>", TL[self.sums]).replace("STEP", self.step)  # fmt: skip
+            k_a_at=self.n_at, k_b_at=self.m_at, sums=TL[self.sums], step=self.step,
+            shape="[BLOCK_N, BLOCK_M]" if self.tile.swapped else "[BLOCK_M, BLOCK_N]",
+        )  # fmt: skip
 
     def plain_tile(self) -> str:
         split = self.tile.splits > 1
@@ -255,10 +255,11 @@ class _Writer:
             <index>
             in_rows = row < M
             """,
-            split=["tile = pid // SPLITS", "split = pid % SPLITS",
-                   "steps = tl.cdiv(tl.cdiv(K, STEP), SPLITS)", "first_k = split * steps * STEP",
-                   "last_k = min(K, first_k + steps * STEP)"] if split
-            else ["tile = pid", "first_k = 0", "last_k = K"],
+            split=[
+                "tile = pid // SPLITS", "split = pid % SPLITS",
+                f"part = tl.cdiv(tl.cdiv(K, {self.step}), SPLITS) * {self.step}",
+                "first_k = split * part", "last_k = min(K, first_k + part)",
+            ] if split else ["tile = pid", "first_k = 0", "last_k = K"],
             index=self.index("tile_m * BLOCK_M"),
         )  # fmt: skip
 
@@ -378,18 +379,18 @@ class _Writer:
     def split_end(self) -> str:
         return text(
             """
-            at = tl.arange(0, BLOCK_M)<M> * BLOCK_N + tl.arange(0, BLOCK_N)<N>
+            at = tl.arange(0, BLOCK_M)<m> * BLOCK_N + tl.arange(0, BLOCK_N)<n>
             sums = sums_ptr + tile.to(tl.int64) * (SPLITS * BLOCK_M * BLOCK_N) + at
             tl.store(sums + split * (BLOCK_M * BLOCK_N), acc)
             tl.debug_barrier()
             before = tl.atomic_add(count_ptr + tile, 1, sem="acq_rel")
             if before == SPLITS - 1:
                 total = tl.load(sums, cache_modifier=".cg")
-                for part in range(1, SPLITS):
-                    total += tl.load(sums + part * (BLOCK_M * BLOCK_N), cache_modifier=".cg")
+                for other in range(1, SPLITS):
+                    total += tl.load(sums + other * (BLOCK_M * BLOCK_N), cache_modifier=".cg")
                 <epilogue>
-            """.replace("<M>", self.m_at).replace("<N>", self.n_at),
-            epilogue=self.epilogue("total"),
+            """,
+            m=self.m_at, n=self.n_at, epilogue=self.epilogue("total"),
         )  # fmt: skip
 
     def epilogue(self, acc: str = "acc") -> list[str]:
@@ -434,8 +435,8 @@ class _Writer:
             <descriptors>
             tiles_m = tl.cdiv(M, BLOCK_M)
             tiles_n = tl.cdiv(N, BLOCK_N)
-            k_a = tl.arange(0, BLOCK_K)<K_A>
-            k_b = tl.arange(0, BLOCK_K)<K_B>
+            k_a = tl.arange(0, BLOCK_K)<k_a_at>
+            k_b = tl.arange(0, BLOCK_K)<k_b_at>
             for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
                 band = tile // (GROUP_M * tiles_n)
                 height = min(tiles_m - band * GROUP_M, GROUP_M)
@@ -445,7 +446,7 @@ class _Writer:
                 in_rows = row < M
                 in_cols = col < N
                 <before>
-                acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=<SUMS>)
+                acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=<sums>)
                 for k0 in range(0, K, BLOCK_K):
                     <work>
                 <epilogue>
@@ -515,18 +516,18 @@ class _Writer:
         return text(
             """
             <processors>
-            def launch(<GIVEN>):
-                \"\"\"Run the kernel: a [<A>], b [<B>] -> (<RESULTS>).\"\"\"
+            def launch(<given>):
+                \"\"\"Run the kernel: a [<m_k>], b [<n_k>] -> (<names>).\"\"\"
                 a = matrix(a)
                 <weight>
                 <tensors>
-                <A> = a.shape
-                N = <N>
+                <m_k> = a.shape
+                N = <columns>
                 <results>
                 if M * N:
                     <extra>
                     <call>
-                return (<RESULTS>,)
+                return (<names>,)
             """,
             processors=PROCESSORS.split("\n") if tile.persistent else [],
             weight=["b = b.contiguous()" if g.groups else "b = matrix(b)"],
@@ -535,11 +536,10 @@ class _Writer:
             results=[f"{r.name} = torch.{made}((M, N), dtype=torch.{TORCH[r.dtype]}, device=a.device)"
                      for r in g.results],
             extra=extra, call=Draft.call(values, constants, derived, f"({tiles},)"),
-        ).replace("<GIVEN>", ", ".join(given)).replace(
-            "<A>", "M, K" if g.a_order == "mk" else "K, M"
-        ).replace("<B>", "N, K" if g.b_order == "nk" else "K, N").replace(
-            "<N>", f"b.shape[{-2 if g.b_order == 'nk' else -1}]"
-        ).replace("<RESULTS>", ", ".join(r.name for r in g.results))  # fmt: skip
+            given=", ".join(given), m_k=_pair("M", "K", g.a_order == "mk"),
+            n_k=_pair("N", "K", g.b_order == "nk"), names=", ".join(r.name for r in g.results),
+            columns=f"b.shape[{-2 if g.b_order == 'nk' else -1}]",
+        )  # fmt: skip
 
     def value(self, argument: str) -> str:
         """What `launch` passes for an argument."""

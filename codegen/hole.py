@@ -159,16 +159,18 @@ class Draft:
 
 
 def text(template: str, **blocks: str | Sequence[str]) -> str:
-    """A template without its indentation; a line `<NAME>` becomes the lines of a block."""
+    """A template without its indentation. `<name>` becomes a block: its lines where it stands alone
+    in a line, else its text."""
+    inline = {f"<{name}>": block for name, block in blocks.items() if isinstance(block, str)}
     out = []
     for line in dedent(template).strip("\n").split("\n"):
-        word = line.strip()
-        if word.startswith("<") and word.endswith(">") and word[1:-1] in blocks:
-            block = blocks[word[1:-1]]
-            lines = block.split("\n") if isinstance(block, str) else [x for b in block for x in b.split("\n")]
-            out += [line[: len(line) - len(line.lstrip())] + x if x else "" for x in lines if x or block]
-        else:
-            out.append(line)
+        block = blocks.get(line.strip().removeprefix("<").removesuffix(">"), line.strip())
+        lines = [block] if isinstance(block, str) else block
+        space = line[: len(line) - len(line.lstrip())]
+        for part in "\n".join(lines).split("\n") if lines else []:
+            for name, value in inline.items():
+                part = part.replace(name, value)
+            out.append(space + part if part else "")
     return "\n".join(out)
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from tests.codegen.skeletons import FORMATS, gated, gelu_residual, normed
 
+from weft.codegen.attention import Attention, attention_source
 from weft.codegen.compile import available, compile_kernel
 from weft.codegen.formats import int4
 from weft.codegen.gemm import Gemm, Tile, default_tile, gemm_source
@@ -44,6 +45,24 @@ def test_a_split_product_compiles() -> None:
     tile = replace(default_tile(PRODUCTS["few rows"][0]), splits=4)
     resources = compile_kernel(gemm_source(PRODUCTS["few rows"][0], tile), "cuda:90").resources
     assert resources.spill_bytes == 0 and resources.matrix.startswith("HGMMA")
+
+
+@needs_triton
+@pytest.mark.parametrize("kind, d", [("forward", 64), ("forward", 128), ("dq", 128), ("dkdv", 128)])
+def test_attention_uses_wgmma_and_keeps_its_registers(kind: str, d: int) -> None:
+    attention = Attention("a", kind, "bf16", 32, 8, 4096, 4096, d, d, causal=True)
+    resources = compile_kernel(attention_source(attention), "cuda:90").resources
+    assert resources.spill_bytes == 0
+    assert resources.matrix.startswith("HGMMA.64x")
+    assert resources.async_copies > 0
+
+
+@needs_triton
+def test_decoding_uses_the_matrix_unit() -> None:
+    """A tile of 16 query heads is a quarter of wgmma's rows: Triton takes mma."""
+    attention = Attention("a", "decode", "bf16", 32, 8, 1, 4096, 128, 128)
+    resources = compile_kernel(attention_source(attention), "cuda:90").resources
+    assert resources.spill_bytes == 0 and resources.matrix.startswith("HMMA.16816.F32.BF16")
 
 
 @pytest.mark.parametrize(
