@@ -6,7 +6,8 @@ every wait is put behind what it waits for in that order, so no two stages wait 
 
 * a receive starts a slot ahead of its reader, in the order of the sends of its channel;
 * a send starts behind the slot that makes its value, and is waited for ahead of the first slot of a
-  later round than the start of its receive, so that what it holds is freed early.
+  later round than its reader's: what it holds is freed early, and the sender does not stand still
+  while the receiver is busy with the slot before.
 """
 
 from __future__ import annotations
@@ -90,8 +91,8 @@ def clock(orders: Sequence[Order], messages: Sequence[Message]) -> Clock:
             made = places[one][message.made]
             out.starts[two].setdefault(at, []).append(message)
             out.sends[one].setdefault(made, []).append(message)
-            posted = rounds[two][at]
-            later = (i for i in range(made + 1, len(orders[one])) if rounds[one][i] > posted)
+            read = rounds[two][places[two][message.read]]
+            later = (i for i in range(made + 1, len(orders[one])) if rounds[one][i] > read)
             out.waits[one].setdefault(next(later, len(orders[one])), []).append(message)
     return out
 
