@@ -17,66 +17,11 @@ from dataclasses import dataclass
 
 from ..ir.errors import CompileError
 from ..ir.types import DTYPES
-from .attention_body import VECTORS, Bodies
-from .expr import Graph, Node
-from .hole import POINTER, Draft, Tensor, leaf, text
+from .attention_body import VECTORS, Attention, Bodies, Modifier, mask_modifier
+from .hole import POINTER, Draft, text
 from .layout import power_of_two
 from .source import _TORCH as TORCH
 from .source import KernelSource
-
-
-@dataclass(frozen=True)
-class Modifier:
-    """What becomes of a score.
-
-    Attributes:
-        score: an expression of the leaf `score`, of `row` and `column`, and of loads.
-        gradient: from the leaf `grad`, the gradient of the result, to the one of the score; None
-            where they are equal: added biases, and masks, whose probabilities are 0.
-        tensors: what both load: `[b, h, s, t]` as their `rows` and `column` say.
-    """
-
-    score: Node
-    gradient: Node | None = None
-    tensors: tuple[Tensor, ...] = ()
-
-
-def mask_modifier(graph: Graph, dtype: str, *, rows: bool = True, column: bool = True) -> Modifier:
-    """The mask operand of the op `attention`: bool says what is seen, a float is added."""
-    mask, score = Tensor("mask", dtype, rows, column), leaf(graph, "score")
-    value = mask.load(graph)
-    if dtype == "bool":
-        return Modifier(graph.where(value, score, float("-inf")), None, (mask,))
-    return Modifier(score + value, None, (mask,))
-
-
-@dataclass(frozen=True)
-class Attention:
-    """An attention.
-
-    Attributes:
-        kind: `forward`, `dq`, `dkdv` or `decode`.
-        heads, groups: heads of q, and of k and v.
-        queries, keys: lengths it is made for; others run as well.
-        d, e: head sizes of q and k, and of v.
-        causal: query i sees keys j <= i + shift; `shift` is an argument of `launch`, to which, in
-            variable length, the difference of the lengths is added: the last ones are aligned.
-    """
-
-    name: str
-    kind: str
-    dtype: str
-    heads: int
-    groups: int
-    queries: int
-    keys: int
-    d: int
-    e: int
-    causal: bool = False
-    varlen: bool = False
-    sparse: bool = False
-    modifier: Modifier | None = None
-    doc: str = ""
 
 
 @dataclass(frozen=True)
