@@ -133,7 +133,7 @@ def placed_rows(layer: Function, repeats: int) -> list[Row]:
     placed = RandomPlace(mesh=str(cluster.ranks)).run(deep)
     lower_s, spmd = best(lambda: lower(placed), repeats)
     schedule_s, schedule = best(lambda: Schedule().run(spmd), repeats)
-    size = f"{found.report[0].variables} variables, width {found.report[0].treewidth}"
+    size = f"{found.report[0].variables} variables, width {found.report[0].width}"
     return [
         Row(f"place the demo's Llama, {CLUSTER}", place_s, "s", 10.0, f"{BOUND}; {size}"),
         Row(f"lower {len(placed.entry.ops):,} ops, placed at random", lower_s, "s"),

@@ -55,7 +55,7 @@ def step_rows(name: str) -> list[Row]:
     assert result is not None and flat is not None and alone is not None
     report = result.report[0]
     drift = abs(result.price.total_us / result.objective_us - 1)
-    size = f"{report.variables} variables, width {report.treewidth}"
+    size = f"{report.variables} variables, width {report.width}"
     priced = f"one rank: {alone.objective_us / 1e3:.4g} ms; one axis: {flat.objective_us / 1e3:.4g}"
     return [
         Row(f"{name}: search", report.search_s, "s", TARGET_S, size),

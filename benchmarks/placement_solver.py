@@ -55,7 +55,7 @@ def table_rows(folder: Path, limit_s: float) -> list[Row]:
         if solution is None:
             rows.append(Row(f"{path.stem}: legal assignments", 0.0, "", None, "proven"))
             continue
-        what = f"{solution.variables} variables, width {solution.treewidth}"
+        what = f"{solution.variables} variables, width {solution.width}"
         rows.append(Row(f"{path.stem}: solve", solution.time_s, "s", TARGET_S, what))
         gap = solution.cost - solution.lower_bound
         bound = f"lower bound {solution.lower_bound:.6f} of the same run"

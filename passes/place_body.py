@@ -97,7 +97,8 @@ class Session:
         if key not in self._bodies:
             body = Body(self, function, [weight] * len(function.ops), path, at)
             outer = {end.variable for end in (*body.params, *body.results)}
-            reduce(body.network, kept=outer)
+            # what is dominated takes longer to find than it saves: bounds exclude it as well
+            reduce(body.network, 0, kept=outer)
             self._bodies[key] = body
         return self._bodies[key]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,12 +27,15 @@ class _Factor:
     table: Array
 
 
-def order_of(network: Network) -> Order:
-    """The best elimination order that the greedy rules find; the quickest rule in large networks."""
+def order_of(network: Network, most_log10: float = inf) -> Order:
+    """The best elimination order that the greedy rules find; the quickest rule in large networks.
+
+    It ends at the first table with more entries than `most_log10` says.
+    """
+    sizes = {v: len(u) for v, u in network.unary.items()}
     if len(network.unary) > _LARGE:
-        sizes = {v: len(u) for v, u in network.unary.items()}
-        return eliminate(network.near, sizes, "min-degree")
-    return best_order(network.near, {v: len(u) for v, u in network.unary.items()})
+        return eliminate(network.near, sizes, "min-degree", most_log10)
+    return best_order(network.near, sizes, most_log10)
 
 
 def solve_by_elimination(network: Network, order: Sequence[int]) -> tuple[float, dict[int, int]]:

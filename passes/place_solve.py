@@ -49,9 +49,8 @@ class Solution:
         cost: its cost.
         lower_bound: no assignment costs less.
         variables: size of the network.
-        treewidth: width of the best elimination order of the network as given.
         core_variables: variables left after the first reductions.
-        core_treewidth: width of the order used for them.
+        width: of the elimination order that was used, 0 where bounds were enough.
         nodes: branch-and-bound nodes.
         time_s: seconds taken.
     """
@@ -60,9 +59,8 @@ class Solution:
     cost: float
     lower_bound: float
     variables: int
-    treewidth: int
     core_variables: int
-    core_treewidth: int
+    width: int
     nodes: int
     time_s: float
 
@@ -81,7 +79,6 @@ def solve(network: Network, limit_s: float = 30.0, enough: float = 0.0) -> Solut
             than `SINGLE` variables; smaller ones are always solved to the end.
     """
     start = time.perf_counter()
-    width = order_of(network).width
     search = _Search(start + limit_s, enough if len(network.unary) > SINGLE else 0.0)
     search.visit(network.rounded())
     if search.best is None:
@@ -91,8 +88,8 @@ def solve(network: Network, limit_s: float = 30.0, enough: float = 0.0) -> Solut
           if v in network.unary}  # fmt: skip
     cost = network.cost(at)
     return Solution(
-        search.best, cost, min(search.bound, cost), len(network.unary), width, search.core_variables,
-        search.core_width, search.nodes, time.perf_counter() - start,
+        search.best, cost, min(search.bound, cost), len(network.unary), search.core_variables,
+        search.width, search.nodes, time.perf_counter() - start,
     )  # fmt: skip
 
 
@@ -101,7 +98,7 @@ class _Search:
         self.deadline, self.enough = deadline, enough
         self.upper, self.best = inf, None  # type: float, dict[int, int] | None
         self.bound = inf  #: least bound of what was not searched to its end
-        self.nodes = self.core_variables = self.core_width = 0
+        self.nodes = self.core_variables = self.width = 0
 
     def offer(self, network: Network, found: dict[int, int]) -> None:
         """A candidate: positions of the variables that are left."""
@@ -198,7 +195,7 @@ class _Search:
             reduce(small)
             if not small.feasible():
                 continue
-            order = order_of(small)
+            order = order_of(small, TABLE_LOG10)
             if order.table_log10 <= TABLE_LOG10 - 1 and order.work_log10 <= WORK_LOG10 - 1:
                 _, found = solve_by_elimination(small, order.vertices)
                 self.offer(small, found)
@@ -206,10 +203,10 @@ class _Search:
 
     def _eliminate(self, network: Network) -> bool:
         """Solve this part by elimination if its tables fit."""
-        order = order_of(network)
+        order = order_of(network, TABLE_LOG10)
         if order.table_log10 > TABLE_LOG10 or order.work_log10 > WORK_LOG10:
             return False
-        self.core_width = max(self.core_width, order.width)
+        self.width = max(self.width, order.width)
         _, found = solve_by_elimination(network, order.vertices)
         self.offer(network, found)
         return True

@@ -46,7 +46,7 @@ class MeshReport:
         lower_bound_us: no placement on this mesh is faster, with less memory or with more.
         gap: (time - bound) / time; 0 when exact.
         variables: size of the network.
-        treewidth: width of the network's best elimination order.
+        width: of the elimination order that was used; 0 where bounds were enough.
         core_variables: variables left after reductions.
         search_s: time of the search.
         us_per_byte: price of memory; 0 when everything fits anyway.
@@ -59,7 +59,7 @@ class MeshReport:
     lower_bound_us: float
     gap: float
     variables: int
-    treewidth: int
+    width: int
     core_variables: int
     search_s: float
     us_per_byte: float
@@ -72,8 +72,7 @@ class MeshReport:
         memory = "" if self.fits else ", DOES NOT FIT"
         return (
             f"[{axes}] {self.time_us / 1e3:.3g} ms, {proof}, {self.peak_bytes / 1e6:.4g} MB "
-            f"a rank{memory}, {self.variables} variables, width {self.treewidth}, "
-            f"{self.search_s:.2g} s"
+            f"a rank{memory}, {self.variables} variables, {self.search_s:.2g} s"
         )
 
 
@@ -215,7 +214,7 @@ class Task:
             lower_bound_us=bound_us,
             gap=gap if gap > _ROUNDING else 0.0,
             variables=solution.variables,
-            treewidth=solution.treewidth,
+            width=solution.width,
             core_variables=solution.core_variables,
             search_s=time.perf_counter() - self.start,
             us_per_byte=us_per_byte,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from math import log10
+from math import inf, log10
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,10 @@ class Order:
 
 
 def eliminate(
-    graph: Mapping[int, Iterable[int]], sizes: Mapping[int, int], rule: str = "min-fill"
+    graph: Mapping[int, Iterable[int]],
+    sizes: Mapping[int, int],
+    rule: str = "min-fill",
+    most_log10: float = inf,
 ) -> Order:
     """The order that a greedy rule finds; ties go to the earlier vertex.
 
@@ -41,6 +44,7 @@ def eliminate(
         graph: neighbours of each vertex, symmetric.
         sizes: number of states of each vertex.
         rule: `min-fill`, `min-weight` or `min-degree`.
+        most_log10: the order ends at the first table that is larger.
 
     Raises:
         KeyError: for an unknown rule.
@@ -66,6 +70,8 @@ def eliminate(
         width = max(width, len(others))
         left = sum(logs[u] for u in others)
         table, work = max(table, left), work + 10.0 ** min(300.0, left + logs[v])
+        if left > most_log10:
+            break
         for u in others:
             near[u] |= others - {u}
             near[u].discard(v)
@@ -74,10 +80,12 @@ def eliminate(
     return Order(tuple(order), width, table, log10(max(work, 1.0)))
 
 
-def best_order(graph: Mapping[int, Iterable[int]], sizes: Mapping[int, int]) -> Order:
-    """The order with the least work among those of the greedy rules."""
-    found = [eliminate(graph, sizes, rule) for rule in _RULES]
-    return min(found, key=lambda order: order.work_log10)
+def best_order(
+    graph: Mapping[int, Iterable[int]], sizes: Mapping[int, int], most_log10: float = inf
+) -> Order:
+    """The order with the least work among those of the greedy rules; see `eliminate`."""
+    found = [eliminate(graph, sizes, rule, most_log10) for rule in _RULES]
+    return min(found, key=lambda order: (order.table_log10 > most_log10, order.work_log10))
 
 
 def _fill(v: int, near: Mapping[int, set[int]], logs: Mapping[int, float]) -> float:
