@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,12 @@ from weft.codegen.attention import Attention, attention_source
 from weft.codegen.compile import available, compile_kernel
 from weft.codegen.formats import int4
 from weft.codegen.gemm import Gemm, Tile, default_tile, gemm_source
+from weft.codegen.linear_loss import (
+    LinearLoss,
+    linear_loss_gradient_source,
+    linear_loss_source,
+)
+from weft.codegen.source import KernelSource
 from weft.ir.errors import CompileError
 
 needs_triton = pytest.mark.skipif(not available(), reason="Triton is not installed")
@@ -63,6 +70,20 @@ def test_decoding_uses_the_matrix_unit() -> None:
     attention = Attention("a", "decode", "bf16", 32, 8, 1, 4096, 128, 128)
     resources = compile_kernel(attention_source(attention), "cuda:90").resources
     assert resources.spill_bytes == 0 and resources.matrix.startswith("HMMA.16816.F32.BF16")
+
+
+@needs_triton
+@pytest.mark.parametrize("make", [linear_loss_source, linear_loss_gradient_source])
+def test_a_linear_loss_uses_wgmma(make: Callable[[LinearLoss], KernelSource]) -> None:
+    loss = LinearLoss("l", 8192, 50257, 4096, "bf16")
+    resources = compile_kernel(make(loss), "cuda:90").resources
+    assert resources.spill_bytes == 0 and resources.matrix.startswith("HGMMA.64x128x16")
+
+
+def test_decoding_has_no_features() -> None:
+    attention = Attention("a", "decode", "bf16", 32, 8, 1, 4096, 128, 128, causal=True)
+    with pytest.raises(CompileError, match="whole cache"):
+        attention_source(attention)
 
 
 @pytest.mark.parametrize(
