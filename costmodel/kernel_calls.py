@@ -138,7 +138,8 @@ def _attention(
     op: Op, signature: Signature, sizes: Mapping[str, int], dtype: str, device: Datasheet
 ) -> list[Call]:
     b, groups, repeat = sizes["b"], sizes["g"], sizes["r"]
-    sq, skv, dim = sizes["s"], sizes["t"], sizes["d"]
+    skv, dim = sizes["t"], sizes["d"]
+    sq: float = sizes["s"]
     runs = _BACKWARD if op.name == "attention_backward" else 1.0
     heads = groups * repeat
     if dtype not in ("bf16", "f16"):
@@ -149,6 +150,8 @@ def _attention(
         return [Call(c.family, c.context, c.sizes, runs) for c in (*products, softmax)]
     causal = bool(op.attrs.get("causal"))
     decode = sq == 1
+    if causal and skv < sq:  # a part of the keys: of the first ones every later query sees all
+        causal, sq = False, sq - skv / 2
     name = "attn_decode" if decode else "attn_prefill" if causal else "attn_encoder"
     context = Context(name, device, "bfloat16", "bfloat16", "", "cudagraph")
     values = (b, heads, groups, dim, sq, skv, 0.0, float(causal and not decode), 0.0, float(decode))
