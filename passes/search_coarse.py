@@ -86,6 +86,8 @@ class Coarse:
         costs = self._inner(inner, outer * micro, layout.cluster)
         if costs is None:
             return inf
+        if micro > 1:
+            costs = costs.accumulating(layout.cluster)
         found = inf
         for sharded in (False, True) if outer > 1 else (False,):
             own = _shared(costs, outer, inner, micro, sharded, layout.cluster)

@@ -8,7 +8,7 @@ stages that it takes once more as what they are.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +64,12 @@ class UnitCosts:
     def loop_us(self) -> Array:
         """Forward and backward of a micro-batch."""
         return self.forward_us + self.backward_us
+
+    def accumulating(self, cluster: Cluster) -> UnitCosts:
+        """With the additions of gradients of several micro-batches: two are read, one written."""
+        device = cluster.device
+        added = 3 * self.held_bytes[_GRADIENT] / device.dram_bytes_per_s * 1e6
+        return replace(self, backward_us=self.backward_us + added + self.tensors * device.launch_us)
 
     def spread(self, of: Sequence[int], edges: Collection[tuple[int, int]]) -> UnitCosts:
         """The costs of more units: unit i costs what unit `of[i]` does here; `edges` joins them."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from math import inf
+
+import numpy as np
 
 from ..ir.errors import CompileError
 from .place import MEMORY_SHARE, PlacementResult
@@ -12,11 +15,15 @@ from .search_cuts import Block, Cut, Cutter, Part
 from .search_evaluate import evaluate
 from .search_layouts import Layout
 from .search_state import State
+from .search_units import Units
 
 #: micro-batches per stage that are tried: more shrink the bubble, and each of them
 _PER_STAGE = (1, 2, 4, 8, 16)
 #: chunks of a stage under the interleaved order
 _CHUNKS = (2, 4)
+#: slots of all stages' orders, one way, that a plan may have: a schedule has a body for each, and
+#: writing down takes as long as searching from here on
+_MOST_SLOTS = 1024
 #: caps of the placed program's memory that are tried where nothing fits, as parts of what the
 #: devices of all stages have
 _CAPS = (0.5, 0.2)
@@ -28,7 +35,8 @@ def micros_of(state: State, layout: Layout) -> tuple[int, ...]:
         return (state.wishes.micro,)
     can_split = state.programs.can_split
     counts = [1] if layout.stages == 1 else [layout.stages * k for k in _PER_STAGE]
-    legal = [count for count in counts if can_split(count)]
+    few = [count for count in counts if count * layout.stages <= _MOST_SLOTS] or counts[:1]
+    legal = [count for count in few if can_split(count)]
     if not legal:
         legal = [count for count in range(layout.stages, 0, -1) if can_split(count)][:1]
     return tuple(legal)
@@ -38,7 +46,10 @@ def orders_of_layout(state: State, stages: int, micro: int) -> list[tuple[str, i
     """(order, chunks of a stage) that are tried."""
     wanted = state.wishes.order
     rows = [("1f1b", 1), ("gpipe", 1)]
-    rows += [("interleaved", c) for c in _CHUNKS if micro % stages == 0]
+    rows += [
+        ("interleaved", chunks) for chunks in _CHUNKS
+        if micro % stages == 0 and (wanted or stages * micro * chunks <= _MOST_SLOTS)
+    ]  # fmt: skip
     if stages == 1:
         rows = [("1f1b", 1)]
     return [row for row in rows if wanted in ("", row[0])] or [(wanted, 1)]
@@ -122,13 +133,42 @@ class LayoutSearch:
         cutter = Cutter(units, micro, state.wishes.recompute)
         fits = False
         for name, chunks in orders_of_layout(state, stages, micro):
-            parts = _cut(cutter, blocks, chunks)
-            if parts is None:
-                continue
-            plan = evaluate(parts, units.names, clusters, micro, name, chunks)
-            self.fastest_us = min(self.fastest_us, plan.step_us)
-            fits = state.add(plan, layout, placement) or fits
+            for parts in (_cut(cutter, blocks, chunks), even_parts(units, blocks, chunks)):
+                if parts is None:
+                    continue
+                plan = evaluate(parts, units.names, clusters, micro, name, chunks)
+                self.fastest_us = min(self.fastest_us, plan.step_us)
+                fits = state.add(plan, layout, placement) or fits
         return fits
+
+
+def even_parts(units: Units, blocks: Sequence[Block], chunks: int) -> tuple[Part, ...] | None:
+    """Parts of a line of units such that the sums of the stages' chunks are even.
+
+    The dynamic program makes the largest part as small as can be; the sum of a stage's parts is
+    another matter: of 5 layers a stage, in two chunks, 2 and 3 are better than 3 and 3. None where
+    units are no line, or there is one chunk.
+    """
+    stages, count = len(blocks), units.count
+    if chunks == 1 or len(units.ideals) != count + 1 or count < stages * chunks:
+        return None
+    costs = blocks[0].costs
+    line = np.concatenate([[0.0], np.cumsum(costs.loop_us)])
+    loads, ends = np.zeros(stages), [0]
+    for chunk in range(chunks):
+        wanted = line[-1] / stages * (chunk + 1) / chunks - loads
+        start = line[ends[-1]]
+        for stage, until in enumerate(start + np.cumsum(wanted)):
+            left = (chunks - chunk) * stages - stage - 1  #: parts behind this one
+            end = int(np.abs(line - until).argmin())
+            end = count - left if not left else min(max(end, ends[-1] + 1), count - left)
+            loads[stage] += line[end] - line[ends[-1]]
+            ends.append(end)
+    rows = units.ideals
+    return tuple(
+        Part(blocks[i % stages], rows[b] & ~rows[a], False)
+        for i, (a, b) in enumerate(pairwise(ends))
+    )
 
 
 def _cut(cutter: Cutter, blocks: Sequence[Block], chunks: int) -> tuple[Part, ...] | None:

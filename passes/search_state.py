@@ -93,7 +93,8 @@ class State:
 
         Raises CompileError W0401 or W0402 where the micro-batch has too few rows for it.
         """
-        return self.read(self.programs, micro, layout, placement.choices)
+        costs = self.read(self.programs, micro, layout, placement.choices)
+        return costs.accumulating(layout.cluster) if micro > 1 else costs
 
     @staticmethod
     def read(programs: Programs, micro: int, layout: Layout, choices: Choices) -> UnitCosts:

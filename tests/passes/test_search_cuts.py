@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from weft.ir.types import Mesh
 from weft.passes.search_costs import UnitCosts
 from weft.passes.search_cuts import Block, Cutter
+from weft.passes.search_layout import even_parts
 from weft.passes.search_units import Units, down_sets
 
 
@@ -101,3 +102,17 @@ def test_two_towers_are_cut_side_by_side() -> None:
 def test_many_units_without_order_are_cut_along_one() -> None:
     units = units_of(40, set())
     assert not units.complete and len(units.ideals) == 41
+
+
+def test_chunks_of_a_stage_are_even_together() -> None:
+    """10 units on 2 stages in 2 chunks: 5 and 5, though parts are of 2 and 3."""
+    units = units_of(10, {(i, i + 1) for i in range(9)})
+    one = np.ones(10)
+    costs = UnitCosts(Mesh(), one, one, one, one, one, one, one, one, one, ())
+    blocks = [Block(0, 1, costs, 99.0), Block(1, 2, costs, 99.0)]
+    parts = even_parts(units, blocks, 2)
+    assert parts is not None and len(parts) == 4
+    assert np.logical_or.reduce([p.units for p in parts]).all()
+    loads = [sum(int(p.units.sum()) for p in parts[s::2]) for s in range(2)]
+    assert loads == [5, 5]
+    assert even_parts(units_of(4, {(0, 1), (2, 3)}), blocks, 2) is None
