@@ -23,7 +23,7 @@ from .pointwise import OPTIMIZER, POINTWISE
 RESERVED = (
     "tl", "torch", "triton", "launch", "kernel", "pid", "row", "col", "start", "blocks", "n_rows",
     "n_cols", "BLOCK_M", "BLOCK_N", "NUM_WARPS", "n_strips", "block", "in_rows", "in_cols",
-    "strided", "size", "grid",
+    "strided", "size", "grid", "sums_f32", "sums_f64",
     "n", *(f"d{i}" for i in range(16)),
 )  # fmt: skip
 

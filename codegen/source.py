@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 from textwrap import indent
 
 from ..ir.module import Function, Value
 from ..ir.text import print_op
-from ..ir.types import Mesh
+from ..ir.types import DTYPES, Mesh
 from ..passes.space import COLUMN
 from .kernel import Kernel, Output, build
-from .layout import PERSISTENT, Layout, column_length, layout, places
+from .layout import PERSISTENT, Layout, column_length, layout, local_size, places
 from .printer import Body, param_groups
 
 _TORCH = {
@@ -42,6 +43,8 @@ class KernelSource:
         kind: see `Layout`.
         bytes_moved: bytes that it reads and writes on the global shapes.
         bytes_unfused: the same when every op of it is a kernel of its own.
+        launches_behind, bytes_behind: library calls that finish its sums over rows, and what they
+            move.
         stages: tiles of a loop that are on their way at the same time; 0 is Triton's default.
     """
 
@@ -55,6 +58,8 @@ class KernelSource:
     bytes_moved: int
     bytes_unfused: int
     stages: int = 0
+    launches_behind: int = 0
+    bytes_behind: int = 0
 
 
 def generate(
@@ -101,9 +106,11 @@ def generate(
     )
     moved, unfused = _traffic(function)
     aligned = _aligned(kernel, plan, arguments)
+    behind = _behind(kernel, plan, mesh)
     return KernelSource(
-        kernel.name, text, arguments, constants, aligned, plan.warps, plan.kind, moved, unfused
-    )
+        kernel.name, text, arguments, constants, aligned, plan.warps, plan.kind, moved, unfused,
+        launches_behind=behind[0], bytes_behind=behind[1],
+    )  # fmt: skip
 
 
 def _aligned(kernel: Kernel, plan: Layout, arguments: Iterable[str]) -> tuple[str, ...]:
@@ -182,14 +189,16 @@ def _launch(kernel: Kernel, plan: Layout, arguments: list[str], constants: list[
         names[0],  # a scalar may be on another device than the tensors are
     )
     lines = _sizes(kernel, plan)
+    sums = _row_sums(kernel)
+    for dtype, group in sums.items():
+        shape = f"{len(group)}, n_strips, n_cols"
+        lines.append(f"{_sums(dtype)} = torch.empty(({shape}), dtype=torch.{_TORCH[dtype]}, "
+                     f"device={device}.device)")  # fmt: skip
+        lines += [f"{o.name} = {_sums(dtype)}[{i}]" for i, o in enumerate(group)]
     for output in kernel.outputs:
-        shape = _shape(kernel, output)
-        if output.node.op == "row_sum":
-            shape = "n_strips, n_cols, "
-        dtype = f"torch.{_TORCH[_stored(output)]}"
-        lines.append(
-            f"{output.name} = torch.empty(({shape.strip()}), dtype={dtype}, device={device}.device)"
-        )
+        if output.node.op != "row_sum":
+            made = f"({_shape(kernel, output).strip()}), dtype=torch.{_TORCH[_stored(output)]}"
+            lines.append(f"{output.name} = torch.empty({made}, device={device}.device)")
     work = _views(kernel, plan)
     values = [_argument(kernel, plan, argument) for argument in arguments]
     options = [f"{name}={name}" for name in constants] + ["num_warps=NUM_WARPS"]
@@ -197,14 +206,47 @@ def _launch(kernel: Kernel, plan: Layout, arguments: list[str], constants: list[
     call = ["kernel[grid]("] + [f"    {value}," for value in (*values, *options)] + [")"]
     total = "n_cols" if plan.kind == "flat" else "n_rows * n_cols"
     lines += [f"if {total}:", *(indent(line, "    ") for line in work + call)]
-    for output in kernel.outputs:
-        if output.node.op == "row_sum":
-            total = f"{output.name}.sum(0).to(torch.{_TORCH[output.value.type.dtype]})"
-            lines.append(f"{output.name} = {total}.reshape(({_shape(kernel, output).strip()}))")
+    for dtype, group in sums.items():
+        lines.append(f"{_sums(dtype)} = {_sums(dtype)}.sum(1)")
+        for wanted in dict.fromkeys(o.value.type.dtype for o in group):
+            cast = f"{_sums(dtype)}_{wanted}"
+            lines.append(f"{cast} = {_sums(dtype)}.to(torch.{_TORCH[wanted]})")
+            lines += [
+                f"{o.name} = {cast}[{i}].reshape(({_shape(kernel, o).strip()}))"
+                for i, o in enumerate(group) if o.value.type.dtype == wanted
+            ]  # fmt: skip
     lines.append(f"return ({', '.join(o.name for o in kernel.outputs)},)")
     doc = f'"""Run the kernel: ({", ".join(_shown(v) for _, v in kernel.params)}) -> ' \
           f'({", ".join(_shown(o.value) for o in kernel.outputs)})."""'  # fmt: skip
     return [f"def launch({', '.join(names)}):", *(f"    {line}" for line in [doc, *lines])]
+
+
+def _sums(dtype: str) -> str:
+    """The tensor of `launch` that holds sums over rows of a compute dtype."""
+    return f"sums_{dtype}"
+
+
+def _row_sums(kernel: Kernel) -> dict[str, list[Output]]:
+    """Sums over rows by compute dtype: those of one dtype share a tensor, so that one call ends them."""
+    found: dict[str, list[Output]] = {}
+    for output in kernel.outputs:
+        if output.node.op == "row_sum":
+            found.setdefault(output.node.dtype, []).append(output)
+    return found
+
+
+def _behind(kernel: Kernel, plan: Layout, mesh: Mesh | None) -> tuple[int, int]:
+    """(library calls that end the sums over rows, bytes that they move)."""
+    calls = moved = 0
+    for dtype, group in _row_sums(kernel).items():
+        casts = {o.value.type.dtype for o in group} - {dtype}
+        rows = prod(local_size(extent, mesh) for extent in kernel.space.rows)
+        strips = min(plan.strips, -(-rows // plan.block_m))
+        line = len(group) * plan.columns * DTYPES[dtype]
+        calls += 1 + len(casts)
+        # partial sums are written by the kernel, whose results count elsewhere, and read once
+        moved += 2 * strips * line + len(casts) * 2 * line
+    return calls, moved
 
 
 def _shape(kernel: Kernel, output: Output) -> str:
