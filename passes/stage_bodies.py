@@ -14,9 +14,13 @@ from typing import NamedTuple
 
 from ..ir.module import Function, Module, Value
 from ..ir.types import B, Mesh, Placement
+from .coalesce import coalesced, limits_of
 from .fuse import fuse
 from .inline import inline
+from .joined import updates_last
+from .lower import module_cost
 from .micro import LOOP, PHASES
+from .reshard import StepCost
 from .stages import StageModule
 
 #: phases that are computed once a step
@@ -154,12 +158,15 @@ def _forwards(
 
 def make_parts(
     lowered: Sequence[tuple[StageModule, Module, Levels, Mapping[str, int]]],
+    costs: Sequence[StepCost | None],
 ) -> tuple[list[Part], tuple[Function, ...]]:
     """The bodies of stages that share a device group, and the kernel functions that they call.
 
     Args:
         lowered: (stage, spmd module, levels of its values, numbers of the phases that the search meant
             for reshards), for each part and size of micro-batch.
+        costs: of each the times of its collectives, which say how many small ones are joined; None
+            for those of the module's cluster.
     """
     functions: list[Function] = []
     pieces: list[dict[When, str]] = []
@@ -180,17 +187,18 @@ def make_parts(
     kernels: dict[str, Function] = {}
     parts = []
     table = {function.name: function for function in module.functions}
-    for number, (stage, spmd, _, _) in enumerate(lowered):
+    for number, ((stage, spmd, _, _), cost) in enumerate(zip(lowered, costs, strict=True)):
         bodies, outputs = {}, {}
+        mesh = spmd.mesh or Mesh()
+        limits = limits_of(mesh, cost or module_cost(spmd))
         for piece, name in pieces[number].items():
             rest = (f for f in module.functions if f.name != name)
             flat = inline(module.with_(functions=(table[name], *rest)))
-            bodies[piece] = flat.entry
+            apart = flat.entry.with_(ops=updates_last(flat))
+            bodies[piece] = coalesced(apart, mesh, limits)
             outputs[piece] = tuple(value.name for value in table[name].results)
             kernels.update((f.name, f) for f in flat.functions[1:])
-        parts.append(
-            Part(stage, spmd.entry, bodies, outputs, held[number], spmd.mesh or Mesh())
-        )
+        parts.append(Part(stage, spmd.entry, bodies, outputs, held[number], mesh))
     return parts, tuple(kernels.values())
 
 

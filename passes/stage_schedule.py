@@ -68,8 +68,8 @@ def schedule_stages(
         table = [
             (*lowered[rows][part], levels[part], meant[part]) for rows in sizes for part in mine
         ]
-        parts, kernels = make_parts(table)
         keys = [(rows, part) for rows in sizes for part in mine]
+        parts, kernels = make_parts(table, [costs[part] for _, part in keys])
         table_of = dict(zip(keys, parts, strict=True))
         writer = _Writer(split, number, len(orders), table_of, kernels, ends)
         module = writer.write(order, timing, levels)
