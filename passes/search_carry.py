@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..ir.module import Function, Module, Op, Value
-from ..ir.types import B, Mesh, Placement
+from ..ir.types import B, Mesh, Placement, TensorType
 from .apply import Choices, FunctionChoices, apply_phased
 from .micro import LOOP, TimeSplit
 from .reshard import Placements
@@ -97,8 +97,13 @@ class _Carrier:
         rows = list(_ordered(self.theirs.ops, program.phases, program.unit_of))
         self.known = {place: op for op, place in rows}
         self.unit_of = {value.name: place[0] for op, place in rows for value in op.results}
-        #: name of a value of the stage -> its counterpart
-        self.values: dict[str, Value] = {}
+        #: name of a value of the stage -> its counterpart; inputs are what they are called
+        given = _inputs(self.theirs)
+        self.values = {
+            value.name: given[key][0]
+            for key, values in _inputs(piece.module.entry).items() if key in given
+            for value in values
+        }  # fmt: skip
         self.chosen = source.choices.functions.get(self.theirs.name, FunctionChoices())
         #: as they are read: (value, reader's index) -> placement
         self.read: dict[tuple[str, int], Placements] = {}
@@ -152,25 +157,21 @@ class _Carrier:
         place = self.places.get(op.results[0].name)
         if place is not None:
             found = self.known.get(place)
-        else:
-            index = self.index.get(op.results[0].name)
-            found = self._reading(op) if index is None else self.theirs.ops[index]
-        same = found is not None and found.name == op.name and (
-            [v.type for v in found.results] == [v.type for v in op.results]
-            and [v.type for v in found.operands] == [v.type for v in op.operands]
-            and found.attrs.get("callee") == op.attrs.get("callee")
-        )  # fmt: skip
-        return found if same else None
+            return found if found is not None and _alike(op, found) else None
+        index = self.index.get(op.results[0].name)
+        if index is not None and _alike(op, self.theirs.ops[index]):
+            return self.theirs.ops[index]
+        return self._reading(op)
 
     def _reading(self, op: Op) -> Op | None:
         """The op that reads the counterparts of what an op reads, as far as they are known."""
         wanted = [self.values.get(value.name) for value in op.operands]
         for value in wanted:
             for reader in self.readers.get(value.name, ()) if value is not None else ():
-                if reader.name == op.name and len(reader.operands) == len(wanted) and all(
+                if _alike(op, reader) and all(
                     w is None or w.name == own.name
                     for w, own in zip(wanted, reader.operands, strict=True)
-                ):  # fmt: skip
+                ):
                     return reader
         return None
 
@@ -201,6 +202,26 @@ class _Carrier:
             return self.whole
         reader = self.index[(other or uses)[0].results[0].name]
         return tuple(map(_whole_sum, self.read[their.name, reader]))
+
+
+def _inputs(entry: Function) -> dict[tuple[str, str, TensorType], list[Value]]:
+    """What each stage may have: by role, the user's name and type."""
+    found: dict[tuple[str, str, TensorType], list[Value]] = {}
+    for value, attrs in zip(entry.params, entry.param_attrs, strict=True):
+        if attrs.get("role") in ("input", "seed", "lr"):
+            key = str(attrs["role"]), str(attrs.get("name", value.name)), value.type
+            found.setdefault(key, []).append(value)
+    return found
+
+
+def _alike(one: Op, two: Op) -> bool:
+    """The same op on tensors of the same types?"""
+    return (
+        one.name == two.name
+        and one.attrs.get("callee") == two.attrs.get("callee")
+        and [v.type for v in one.operands] == [v.type for v in two.operands]
+        and [v.type for v in one.results] == [v.type for v in two.results]
+    )
 
 
 def _whole_sum(entry: Placement) -> Placement:

@@ -24,6 +24,9 @@ _CHUNKS = (2, 4)
 #: slots of all stages' orders, one way, that a plan may have: a schedule has a body for each, and
 #: writing down takes as long as searching from here on
 _MOST_SLOTS = 1024
+#: units times micro-batches that are written down in a second, verified and saved included: a
+#: schedule has the ops of each (Llamas of 80 and 126 layers; 6 ms each on one core)
+_WRITTEN_PER_S = 150
 #: caps of the placed program's memory that are tried where nothing fits, as parts of what the
 #: devices of all stages have
 _CAPS = (0.5, 0.2)
@@ -35,7 +38,11 @@ def micros_of(state: State, layout: Layout) -> tuple[int, ...]:
         return (state.wishes.micro,)
     can_split = state.programs.can_split
     counts = [1] if layout.stages == 1 else [layout.stages * k for k in _PER_STAGE]
-    few = [count for count in counts if count * layout.stages <= _MOST_SLOTS] or counts[:1]
+    units = state.programs.units.count
+    few = [
+        count for count in counts
+        if count * layout.stages <= _MOST_SLOTS and count * units <= _WRITTEN_PER_S * state.budget_s
+    ] or counts[:1]  # fmt: skip
     legal = [count for count in few if can_split(count)]
     if not legal:
         legal = [count for count in range(layout.stages, 0, -1) if can_split(count)][:1]
