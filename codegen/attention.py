@@ -150,8 +150,8 @@ class _Writer(Bodies):
         a = self.a
         params, results = _PARTS[a.kind]
         tensors = a.modifier.tensors if a.modifier else ()
-        given = [*params, *(["lengths"] if a.kind == "decode" else []), "scale"]
-        given += [] if a.kind == "decode" else ["shift"]
+        given = [*params, *(["lengths"] if a.kind == "decode" else [])]
+        given += [] if a.scale is not None else ["scale"] if a.kind == "decode" else ["scale", "shift"]
         given += ["cu_q", "cu_k", "S", "T"] if a.varlen else []
         given += ["visit", "blocks"] if a.sparse else []
         given += [t.name for t in tensors]
@@ -162,10 +162,12 @@ class _Writer(Bodies):
             dtype = "torch.float32" if name in VECTORS else f"torch.{TORCH[a.dtype]}"
             shape = "q.shape[1::-1]" if a.varlen and name in VECTORS else like[name]
             made.append(f"{name} = torch.empty({shape}, dtype={dtype}, device=q.device)")
-        sizes, extra = [], []
+        sizes, extra = list[str](), list[str]()
         values = [self.value(name) for name in self.arguments()]
+        if a.scale is not None:
+            sizes.append(f"scale, shift = {a.scale!r}, {a.shift}")
         if a.kind == "decode":
-            sizes = ["pairs = k.shape[0] * k.shape[1]"]
+            sizes += ["pairs = k.shape[0] * k.shape[1]"]
             grid = "(SPLITS, pairs)"
             extra = ["sums = torch.empty(pairs * SPLITS * BLOCK_M * BLOCK_E, device=q.device)",
                      "tops = torch.empty(pairs * SPLITS * BLOCK_M * 2, device=q.device)",
@@ -173,9 +175,9 @@ class _Writer(Bodies):
         else:
             keys = a.kind == "dkdv"
             if a.varlen:
-                sizes = [f"pairs = (len(cu_q) - 1) * {'k' if keys else 'q'}.shape[1]"]
+                sizes += [f"pairs = (len(cu_q) - 1) * {'k' if keys else 'q'}.shape[1]"]
             else:
-                sizes = ["S, T = q.shape[2], k.shape[2]",
+                sizes += ["S, T = q.shape[2], k.shape[2]",
                          f"pairs = q.shape[0] * {'k' if keys else 'q'}.shape[1]"]
             blocks = "triton.cdiv(T, BLOCK_N)" if keys else "triton.cdiv(S, BLOCK_M)"
             grid = f"({blocks}, pairs)"

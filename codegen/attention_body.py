@@ -51,6 +51,7 @@ class Attention:
         d, e: head sizes of q and k, and of v.
         causal: query i sees keys j <= i + shift; `shift` is an argument of `launch`, to which, in
             variable length, the difference of the lengths is added: the last ones are aligned.
+        scale: factor of the scores; None makes it and `shift` arguments of `launch`.
     """
 
     name: str
@@ -66,6 +67,8 @@ class Attention:
     varlen: bool = False
     sparse: bool = False
     modifier: Modifier | None = None
+    scale: float | None = None
+    shift: int = 0
     doc: str = ""
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ..ir.errors import CompileError
 
-#: cuobjdump answers in well under a second
-_TOOL_TIMEOUT_S = 30
+#: cuobjdump answers in well under a second; a machine that does much else takes longer
+_TOOL_TIMEOUT_S = 200
 #: Matrix instructions: of NVIDIA up to sm_8x (HMMA, IMMA, QMMA, DMMA), wgmma of sm_90 (HGMMA, IGMMA,
 #: QGMMA), tcgen05 of sm_100 (UTCHMMA, UTCQMMA, UTCIMMA); CUDA binary utilities, instruction sets.
 _SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Za-z0-9_.]*)", re.M)

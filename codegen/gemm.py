@@ -13,9 +13,10 @@ accumulator (rows m, column n) with any number of results. Variants, which combi
   and the barrier before it orders the stores of a program's other threads, so the last one sees
   every sum, which it reads past the L1 cache; nobody waits for anybody, and the result does not
   depend on who is last;
-- grouped: rows are sorted by group, `offsets` says where groups start, and each group has a weight
-  of its own. Offsets stay on the device: as many programs start as tiles may be needed. With
-  `indexed`, rows are where an index says: gathered when read and scattered when written.
+- grouped: rows are sorted by group, `offsets` says where groups start and the last one ends, and
+  each group has a weight of its own; the rows behind have no group, and sums of 0. Offsets stay on
+  the device: as many programs start as tiles may be needed. With `indexed`, rows are where an index
+  of all of them says: gathered when read and scattered when written.
 """
 
 from __future__ import annotations
@@ -275,17 +276,19 @@ class _Writer:
             tile_m = pid % tiles
             tile_n = pid // tiles
             ids = tl.arange(0, GROUPS_2)
-            begins = tl.load(offsets_ptr + ids, mask=ids < GROUPS, other=0)
+            # the rows of no group come last, and their sums are 0
+            begins = tl.load(offsets_ptr + ids, mask=ids <= GROUPS, other=0)
             ends = tl.load(offsets_ptr + ids + 1, mask=ids < GROUPS, other=0)
+            ends = tl.where(ids == GROUPS, M, ends)
             last_tile = tl.cumsum((ends - begins + BLOCK_M - 1) // BLOCK_M, 0)
             group = tl.sum((last_tile <= tile_m).to(tl.int32), 0)
-            if group >= GROUPS:
+            if group > GROUPS:
                 return
             own = ids == group
             done = tl.sum(tl.where(ids == group - 1, last_tile, 0), 0)
             start = tl.sum(tl.where(own, begins, 0), 0) + (tile_m - done) * BLOCK_M
             first_k = 0
-            last_k = K
+            last_k = tl.where(group < GROUPS, K, 0)
             <index>
             in_rows = row < tl.sum(tl.where(own, ends, 0), 0)
             b_ptr += group.to(tl.int64) * b_group_stride
@@ -471,8 +474,8 @@ class _Writer:
             constants["SPLITS"] = tile.splits
         if g.groups:
             derived["GROUPS"] = (g.groups, "len(b)")
-            two = 1 << (g.groups - 1).bit_length()
-            derived["GROUPS_2"] = (two, "triton.next_power_of_2(len(b))")
+            two = 1 << g.groups.bit_length()
+            derived["GROUPS_2"] = (two, "triton.next_power_of_2(len(b) + 1)")
         else:
             constants["GROUP_M"] = 8
         sizes = [DTYPES[t.dtype] * (g.m if t.rows else 1) * (g.n if t.column else 1) for t in g.tensors]
@@ -497,8 +500,8 @@ class _Writer:
         values = [self.value(name) for name in self.arguments()]
         tiles = "triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N)"
         extra = []
-        if g.groups:  # a group has at most one tile that is not full
-            tiles = "(M // BLOCK_M + len(b)) * triton.cdiv(N, BLOCK_N)"
+        if g.groups:  # a group, and the rest, has at most one tile that is not full
+            tiles = "(M // BLOCK_M + len(b) + 1) * triton.cdiv(N, BLOCK_N)"
         if tile.splits > 1:
             sums = "torch.int32" if self.sums == "i32" else "torch.float32"
             extra = [f"tiles = {tiles}",
@@ -512,7 +515,6 @@ class _Writer:
                      "torch.empty(size, dtype=torch.int8, device=a.device))",
                      f"programs = min({tiles}, processors(a.device))"]
             tiles = "programs"
-        made = "zeros" if g.indexed else "empty"
         return text(
             """
             <processors>
@@ -533,7 +535,7 @@ class _Writer:
             weight=["b = b.contiguous()" if g.groups else "b = matrix(b)"],
             tensors=[f"{t.name} = matrix({t.name})" if t.stride else f"{t.name} = {t.name}.contiguous()"
                      for t in g.tensors],
-            results=[f"{r.name} = torch.{made}((M, N), dtype=torch.{TORCH[r.dtype]}, device=a.device)"
+            results=[f"{r.name} = torch.empty((M, N), dtype=torch.{TORCH[r.dtype]}, device=a.device)"
                      for r in g.results],
             extra=extra, call=Draft.call(values, constants, derived, f"({tiles},)"),
             given=", ".join(given), m_k=_pair("M", "K", g.a_order == "mk"),

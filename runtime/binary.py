@@ -103,7 +103,10 @@ def host_half(path: Path) -> tuple[dict[str, Any], Callable[..., Sequence[Tensor
     """The names of a kernel's file without Triton and what needs it, and its `launch`."""
     tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
     tree.body = [node for node in tree.body if not _of_triton(node)]
-    helpers = SimpleNamespace(cdiv=lambda a, b: -(-a // b), next_power_of_2=_next_power_of_2)
+    helpers = SimpleNamespace(
+        cdiv=lambda a, b: -(-a // b), next_power_of_2=_next_power_of_2,
+        set_allocator=lambda allocator: None,  # `_scratch` is the memory that kernels ask for
+    )  # fmt: skip
     space: dict[str, Any] = {"__name__": path.stem, "triton": helpers}
     exec(compile(tree, str(path), "exec"), space)  # noqa: S102: a file of the artifact, hash checked
     launch: Callable[..., Sequence[Tensor]] = space["launch"]
