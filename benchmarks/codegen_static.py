@@ -103,21 +103,28 @@ class Region:
     function: Callable[..., Tensor | tuple[Tensor, ...]]
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...] = ()
+    fixed: int = 0  #: how many of the last inputs take no gradients
 
     def inputs(self) -> list[Tensor]:
         """Meta tensors; floats take gradients."""
         dtypes = self.dtypes or (BF16,) * len(self.shapes)
+        pairs = enumerate(zip(self.shapes, dtypes, strict=True))
         return [
-            torch.empty(shape, dtype=dtype, device="meta").requires_grad_(dtype.is_floating_point)
-            for shape, dtype in zip(self.shapes, dtypes, strict=True)
+            torch.empty(shape, dtype=dtype, device="meta").requires_grad_(self.varies(i))
+            for i, (shape, dtype) in pairs
         ]
+
+    def varies(self, i: int) -> bool:
+        """Does an input take a gradient?"""
+        floats = not self.dtypes or self.dtypes[i].is_floating_point
+        return floats and i < len(self.shapes) - self.fixed
 
 
 _HEADS, _TURN = (1, 2048, 32, 128), (1, 1, 2048, 128)
 REGIONS = [
     Region(llama_norm, ((2048, 4096), (2048, 4096), (4096,))),
     Region(llama_swiglu, ((2048, 11008), (2048, 11008))),
-    Region(llama_rope, (_HEADS, _HEADS, _TURN, _TURN)),
+    Region(llama_rope, (_HEADS, _HEADS, _TURN, _TURN), fixed=2),
     Region(llama_loss, ((2048, 32000), (2048,)), (BF16, torch.int64)),
     Region(gpt2_norm, ((8, 1024, 768), (8, 1024, 768), (768,), (768,), (768,))),
     Region(gpt2_gelu, ((8, 1024, 3072), (3072,))),
@@ -146,7 +153,7 @@ def backward_of(region: Region) -> Callable[..., list[Tensor]]:
     count = len(region.shapes)
 
     def backward(*tensors: Tensor) -> list[Tensor]:
-        inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in tensors[:count]]
+        inputs = [x.detach().requires_grad_(region.varies(i)) for i, x in enumerate(tensors[:count])]
         outputs = outputs_of(region.function(*inputs))
         wanted = [x for x in inputs if x.requires_grad]
         return list(torch.autograd.grad(outputs, wanted, list(tensors[count:])))
@@ -159,7 +166,7 @@ def weft_module(region: Region, *, backward: bool) -> Module:
     traced = trace_forward(region.function, [x.detach() for x in region.inputs()])
     entry = traced.module.entry
     if backward:
-        wrt = [value.name for value in entry.params if value.type.dtype in ("bf16", "f32")]
+        wrt = [value.name for i, value in enumerate(entry.params) if region.varies(i)]
         both = joint(prepare(entry, frozenset(wrt)), wrt).entry
         pairs = zip(both.results, both.result_attrs, strict=True)
         grads = [(value, attrs) for value, attrs in pairs if attrs.get("role") == "grad"]
@@ -225,11 +232,14 @@ def most(needs: Sequence[Resources], field: str) -> int:
 
 def main() -> int:
     """Compare, print, write; 1 when a target is missed."""
-    options = arguments(__doc__, "four regions").parse_args()
+    parser = arguments(__doc__, "four regions")
+    parser.add_argument("--only", default="", metavar="NAME", help="regions whose name begins so")
+    options = parser.parse_args()
     table = Table("region", *(f"{what}{who}" for what in ("launches", "MB", "registers", "spills",
                                                           "shared") for who in (" weft", " Ind.")))
     rows, fewer = [], 0
-    regions = [(r, back) for r in REGIONS for back in (False, True)]
+    named = [region for region in REGIONS if region.function.__name__.startswith(options.only)]
+    regions = [(region, back) for region in named for back in (False, True)]
     regions = regions[:4] if options.quick else regions
     ours = [by_weft(region, backward=back) for region, back in regions]
     pretend()  # from here on torch believes that there is a GPU

@@ -147,6 +147,35 @@ def rope(dtype: str, rows: tuple[int, ...], n: int) -> Module:
     return program(make, "model.layers.0.self_attn")
 
 
+def rope_pair(dtype: str, rows: tuple[int, ...], n: int) -> Module:
+    """Rotary embedding of queries and keys, whose heads no op relates."""
+    batch, seq = rows[0], rows[-1]
+
+    def make(b: Builder) -> list[Value]:
+        cos, sin = (b.param(tensor(dtype, seq, n), name) for name in ("cos", "sin"))
+        out = []
+        for name in ("q", "k"):
+            x = b.param(tensor(dtype, batch, 3, seq, n), name)
+            out.append(
+                b.one("add", [b.one("mul", [x, cos]), b.one("mul", [rotate_half(b, x), sin])])
+            )
+        return out
+
+    return program(make, "model.layers.0.self_attn")
+
+
+def mean_loss(dtype: str, rows: tuple[int, ...], n: int) -> Module:
+    """Sum of losses over the number of labels that count: one row without rows."""
+
+    def make(b: Builder) -> list[Value]:
+        loss, labels = b.param(tensor(dtype, n), "loss"), b.param(tensor("i64", n), "labels")
+        counts = cast(b, b.one("ne", [labels, scalar(b, 3, "i64")]), "f32")
+        whole = b.one("reduce_sum", [cast(b, loss, "f32")], {"dims": (0,)})
+        return [b.one("div", [whole, b.one("reduce_sum", [counts], {"dims": (0,)})])]
+
+    return program(make, "loss")
+
+
 def rope_backward(dtype: str, rows: tuple[int, ...], n: int) -> Module:
     """Gradient of rope: the halves come back through pads."""
     batch, seq = rows[0], rows[-1]
@@ -267,7 +296,7 @@ PROGRAMS: dict[str, Callable[[str, tuple[int, ...], int], Module]] = {
     f.__name__: f
     for f in (
         residual_rms_norm, layer_norm, rms_norm, masked_softmax, log_softmax_pair, swiglu,
-        swiglu_packed, swiglu_backward, rope, rope_backward, cross_entropy, adamw, momentum,
+        swiglu_packed, swiglu_backward, rope, rope_pair, rope_backward, mean_loss, cross_entropy, adamw, momentum,
         norm_backward, bias_gelu_backward, layer_norm_backward, rms_norm_backward,
     )
 }  # fmt: skip

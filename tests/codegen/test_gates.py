@@ -19,7 +19,7 @@ from weft.ir.builder import Builder
 from weft.ir.errors import CompileError
 from weft.ir.module import Value
 from weft.passes.fuse import fuse
-from weft.passes.space import ROW_SUM_COLUMNS
+from weft.passes.space import ONE_ROW_COLUMNS, ROW_SUM_COLUMNS
 
 FOLDER = Path(__file__).parent / "interpreted"
 needs_triton = pytest.mark.skipif(not available(), reason="Triton is not installed")
@@ -45,6 +45,8 @@ def source_of(name: str, dtype: str = "bf16", columns: int = 2048) -> KernelSour
 def test_a_kernel_compiles_for_sm_90_without_spills(name: str, columns: int) -> None:
     if name in ROW_SUMS:
         columns = min(columns, ROW_SUM_COLUMNS)  # sums over rows keep the whole column
+    if name == "mean_loss":
+        columns = min(columns, ONE_ROW_COLUMNS)  # a longer row is no kernel's
     binary = compile_kernel(source_of(name, columns=columns), "cuda:90")
     assert binary.cubin[:4] == b"\x7fELF"
     assert binary.entry == "kernel"
