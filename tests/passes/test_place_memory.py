@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from tests.passes.place_programs import llama_step
 
@@ -11,7 +12,10 @@ from weft.costmodel.cluster import parse_cluster
 from weft.ir.module import Module
 from weft.ir.types import Mesh
 from weft.ir.verify import verify
+from weft.passes.apply import apply_phased
 from weft.passes.place import MEMORY_SHARE, search_frontier, search_mesh
+from weft.passes.place_model import PlacementModel, Runs
+from weft.passes.place_solve import settle, solve
 from weft.passes.price import price
 
 MESH = Mesh((("dev", 2),), "h100")
@@ -64,3 +68,34 @@ def test_the_frontier_has_no_point_that_another_beats() -> None:
     for point in found:
         bytes_ = point.price
         assert bytes_.persistent_bytes + bytes_.saved_bytes <= bytes_.peak_bytes
+
+
+@pytest.mark.parametrize(("micro", "us_per_byte"), [(1, 1e-3), (4, 0.0), (4, 1e-3)])
+def test_any_plan_costs_what_the_search_says_once_nothing_better_is_near(
+    micro: int, us_per_byte: float
+) -> None:
+    """A search that ends early must not count copies that nobody reads, or one copy twice."""
+    module = llama_step(layers=1, batch=32, seq=128, width=128, heads=4, kv=4, ffn=256, vocab=64)
+    mesh, cluster = Mesh((("dev0", 2), ("dev1", 2)), "h100"), parse_cluster("1x4:h100")
+    runs = Runs(phases_of(module), micro)
+    model = PlacementModel(module, mesh, cluster, runs=runs)
+    network = model.weighted(us_per_byte)
+    rng = np.random.default_rng(micro)
+    moved = 0
+    for _ in range(2):
+        shaken = network.clone()
+        for variable, states in network.states.items():
+            shaken.add_unary(variable, rng.random(len(states)) * 50)
+        found = solve(shaken, 0.0)
+        assert found is not None
+        at = {v: int(np.searchsorted(network.states[v], found.states[v])) for v in network.unary}
+        before = network.cost(at)
+        settle(network, at)
+        cost = network.cost(at)
+        moved += cost < before
+        chosen = network.complete({v: int(network.states[v][k]) for v, k in at.items()})
+        decoded = model.plan(chosen)
+        placed, phases = apply_phased(module, mesh, decoded.choices)
+        time_us = cost - model.memory_term_us(chosen, us_per_byte) + decoded.slack_us
+        assert price(placed, cluster, phases, micro).total_us == pytest.approx(time_us, rel=1e-6)
+    assert moved
