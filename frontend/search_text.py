@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from ..ir.types import Mesh
-from ..passes.search import SearchResult
+from ..passes.search import Found, SearchResult
 from ..passes.search_evaluate import Pipeline, Stage
+from ..passes.search_result import Replay
 from .axes import axis_words
 from .describe import human_bytes, human_time
 
@@ -26,15 +28,13 @@ def _rows(result: SearchResult) -> Rows:
     for axis in best.layout.mesh.names if best.placement is not None else ():
         assert best.placement is not None
         yield f"axis {axis}", axis_words(best.placement.placed, axis)
-    if len(plan.stages) > 1:
-        for number, stage in enumerate(plan.stages):
-            yield f"stage {number}", _stage(stage)
-    else:
-        stage = plan.stages[0]
-        yield "per rank", f"{human_bytes(int(stage.peak_bytes))} of {human_bytes(int(stage.memory_bytes))}"
+    again = len(best.placement.choices.again) if best.placement is not None else 0
+    if again:
+        yield "gathered", f"parameters are gathered again by {again} readers instead of kept"
+    yield from _stages(plan)
     yield "predicted", f"{human_time(plan.step_us)} a step: {_parts(plan)}"
-    if best.simulated_us is not None:
-        yield "simulated", f"{human_time(best.simulated_us)} a step of all ranks' schedules"
+    if best.replay is not None:
+        yield from _replayed(best.replay)
     slowest = max(range(len(plan.stages)), key=lambda s: _loop(plan.stages[s]))
     if len(plan.stages) > 1:
         yield "critical", (
@@ -42,23 +42,60 @@ def _rows(result: SearchResult) -> Rows:
             f"backward; a transfer to the next stage takes {human_time(plan.sent_us)}"
         )
     for found, why in result.rejected:
-        other = found.pipeline
-        slower = other.step_us / plan.step_us - 1
-        if found.simulated_us is not None and best.simulated_us is not None:
-            why = f"{human_time(found.simulated_us)} in the simulator; {why}"
-        yield "rejected", (
-            f"{_headline(other)}, on {found.layout}: {human_time(other.step_us)}, "
-            f"{slower:+.1%}; {why}"
+        yield "rejected", _rejected(found, best, why)
+    yield from _end(result)
+
+
+def _stages(plan: Pipeline) -> Rows:
+    if len(plan.stages) == 1:
+        stage = plan.stages[0]
+        yield "per rank", (
+            f"{human_bytes(int(stage.peak_bytes))} of {human_bytes(int(stage.memory_bytes))}"
+            f"{_again(stage)}"
         )
-    yield "searched", (
-        f"{result.evaluated} plans of {result.layouts - result.bounded} layouts in "
-        f"{result.seconds:.3g} s; {result.bounded} of {result.layouts} layouts could not win by "
-        f"their bound{'' if result.complete else '; the budget ran out'}"
+    else:
+        for number, stage in enumerate(plan.stages):
+            yield f"stage {number}", _stage(stage)
+
+
+def _replayed(replay: Replay) -> Rows:
+    yield "simulated", (
+        f"{human_time(replay.step_us)} a step of all ranks' schedules; the fullest rank holds "
+        f"{human_bytes(replay.peak_bytes)}"
     )
-    gap = plan.step_us / max(result.lower_bound_us, 1e-9) - 1
+    waits = [
+        f"{human_time(us)} for {'transfers between stages' if axis == 'stage' else f'axis {axis}'}"
+        for axis, us in sorted(replay.exposed_us.items(), key=lambda row: -row[1]) if us > 0.5
+    ]  # fmt: skip
+    if replay.bubble > 0:
+        waits.append(f"{human_time(replay.bubble * replay.step_us)} for other stages' work")
+    yield "exposed", f"compute waits {', '.join(waits) or 'for nothing'} (mean of all ranks)"
+
+
+def _rejected(found: Found, best: Found, why: str) -> str:
+    other, plan = found.pipeline, best.pipeline
+    slower = other.step_us / plan.step_us - 1
+    if found.simulated_us is not None and best.simulated_us is not None:
+        why = f"{human_time(found.simulated_us)} in the simulator; {why}"
+    return f"{_headline(other)}, on {found.layout}: {human_time(other.step_us)}, {slower:+.1%}; {why}"
+
+
+def _end(result: SearchResult) -> Rows:
+    step_us = result.best.pipeline.step_us
+    placed = result.layouts - result.bounded - result.slow
+    left = "" if result.complete else "; the budget ran out before all others were placed"
+    slow = f", {result.slow} were far slower by an estimate" if result.slow else ""
+    yield "searched", (
+        f"{result.evaluated} plans of {placed} layouts in {result.seconds:.3g} s; of all "
+        f"{result.layouts} layouts {result.bounded} could not win by their bound{slow}{left}"
+    )
+    lower = result.lower_bound_us
+    proof = (
+        "this plan is optimal among them" if step_us <= lower * (1 + 1e-9)
+        else f"this plan takes {step_us / max(lower, 1e-9):.3g} times as long, so a better one may exist"
+    )
     yield "bound", (
-        f"no plan of these layouts is faster than {human_time(result.lower_bound_us)}, all "
-        f"communication left out; this one is within {gap:.1%}"
+        f"no plan of these layouts is faster than {human_time(lower)}, what their compute takes; {proof}"
     )
 
 
@@ -67,17 +104,37 @@ def _headline(plan: Pipeline) -> str:
         return "one stage" if plan.micro == 1 else f"one stage, {plan.micro} micro-batches"
     virtual = f" with {plan.chunks} virtual stages each" if plan.chunks > 1 else ""
     return (
-        f"{len(plan.stages)} stages{virtual}, {plan.micro} micro-batches, {_ORDERS[plan.order]}"
+        f"{len(plan.stages)} stages{_shares(plan)}{virtual}, {plan.micro} micro-batches, "
+        f"{_ORDERS[plan.order]}"
     )
 
 
+def _shares(plan: Pipeline) -> str:
+    """How many numbered blocks each stage has: ` of 20 layers`, ` of 4 to 6 layers`."""
+    names = [unit.rpartition(".") for stage in plan.stages for unit in stage.units]
+    stems = Counter(stem for stem, _, number in names if number.isdigit())
+    if not stems:
+        return ""
+    stem = max(sorted(stems), key=lambda s: stems[s])
+    counts = [
+        sum(name.rpartition(".")[0] == stem and name.rpartition(".")[2].isdigit() for name in s.units)
+        for s in plan.stages
+    ]
+    low, high = min(counts), max(counts)
+    word = stem.rpartition(".")[2]
+    return f" of {low} {word}" if low == high else f" of {low} to {high} {word}"
+
+
+def _again(stage: Stage) -> str:
+    return ", activations computed again in backward" if stage.recompute else ""
+
+
 def _stage(stage: Stage) -> str:
-    again = ", activations computed again in backward" if stage.recompute else ""
     return (
         f"ranks {stage.first_rank} to {stage.first_rank + _size(stage.mesh) - 1} ({stage.kind}): "
         f"{unit_words(stage.units)}; {human_bytes(int(stage.peak_bytes))} of "
         f"{human_bytes(int(stage.memory_bytes))} a rank, {stage.in_flight} micro-batches in flight"
-        f"{again}"
+        f"{_again(stage)}"
     )
 
 

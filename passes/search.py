@@ -33,7 +33,7 @@ from .search_layouts import Layout, layouts_of, part_of
 from .search_mixed import search_mixed
 from .search_program import Programs
 from .search_realize import Realized, realize, replayed
-from .search_result import Found, SearchResult, Wishes, rank
+from .search_result import Found, Replay, SearchResult, Wishes, rank
 from .search_state import ENOUGH, State
 from .search_units import units_of
 
@@ -166,7 +166,7 @@ class _Search:
             )  # fmt: skip
             step = replayed(realized, state.cluster)
             place = next(i for i, other in enumerate(state.found) if other is found)
-            state.found[place] = replace(found, simulated_us=step.step_us)
+            state.found[place] = replace(found, replay=Replay.of(step))
             programs[place] = realized
             if state.seconds + (state.seconds - spent) > state.budget_s:
                 break

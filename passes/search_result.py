@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..costmodel.cluster import Cluster
+from ..costmodel.simulate import Simulation
 from ..ir.errors import CompileError
 from .constraints import Constraints
 from .micro import TimeSplit
@@ -34,19 +36,46 @@ class Wishes:
 
 
 @dataclass(frozen=True)
+class Replay:
+    """The schedules of a plan in the event simulator.
+
+    Attributes:
+        step_us: time of the step.
+        exposed_us: mesh axis, or `stage` for transfers between stages -> time that compute waits for
+            it, mean over ranks.
+        bubble: share of the step in which a rank waits for other stages, mean over ranks.
+        peak_bytes: of the fullest rank.
+    """
+
+    step_us: float
+    exposed_us: Mapping[str, float]
+    bubble: float
+    peak_bytes: int
+
+    @staticmethod
+    def of(step: Simulation) -> Replay:
+        """Of a simulation."""
+        return Replay(step.step_us, dict(step.exposed_us), step.bubble, step.peak_bytes)
+
+
+@dataclass(frozen=True)
 class Found:
     """A plan that was evaluated, and the placement that it stands on.
 
     Attributes:
         placement: of the short program on a stage's mesh; None where stages differ in devices.
-        simulated_us: the step of its schedules in the event simulator; None where it was not among
-            the best few.
+        replay: its schedules in the event simulator; None where it was not among the best few.
     """
 
     pipeline: Pipeline
     layout: Layout
     placement: PlacementResult | None = field(repr=False)
-    simulated_us: float | None = None
+    replay: Replay | None = None
+
+    @property
+    def simulated_us(self) -> float | None:
+        """The step in the event simulator."""
+        return self.replay.step_us if self.replay is not None else None
 
 
 @dataclass(frozen=True)
@@ -82,11 +111,15 @@ class SearchResult:
     realized: Realized | None = field(default=None, repr=False, compare=False)
 
 
-def rank(found: Found) -> tuple[bool, float, int, int, int, bool]:
-    """The order of plans: simulated ones first, then by time; of equals the simpler one."""
-    plan = found.pipeline
-    step = found.simulated_us if found.simulated_us is not None else plan.step_us
-    return found.simulated_us is None, step, len(plan.stages), plan.chunks, plan.micro, plan.order != "1f1b"
+def rank(found: Found) -> tuple[int, float, int, int, int, bool]:
+    """The order of plans: simulated ones first, then by time; of equals the simpler one. Those that
+    do not fit in the simulator, which knows all values, come last."""
+    plan, replay = found.pipeline, found.replay
+    group, step = 1, plan.step_us
+    if replay is not None:
+        device_bytes = max(stage.memory_bytes for stage in plan.stages) / MEMORY_SHARE
+        group, step = (2 if replay.peak_bytes > device_bytes else 0), replay.step_us
+    return group, step, len(plan.stages), plan.chunks, plan.micro, plan.order != "1f1b"
 
 
 def why(plan: Pipeline, best: Pipeline) -> str:

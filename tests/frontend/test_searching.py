@@ -109,3 +109,13 @@ def test_numbered_units_are_told_as_runs() -> None:
 
 def test_no_budget_is_the_default() -> None:
     assert OPTIONS.budget == ""
+
+
+def test_the_explanation_says_what_is_exposed_and_how_far_the_bound_is(found: PlanSearch) -> None:
+    rows = dict(line.split(maxsplit=1) for line in found.explain().splitlines())
+    assert rows["plan"].startswith("2 stages of ") and " layers" in rows["plan"]
+    replay = found.result.best.replay
+    assert replay is not None and "compute waits" in rows["exposed"]
+    assert ("other stages" in rows["exposed"]) == (replay.bubble > 0)
+    best, lower = found.result.best.pipeline.step_us, found.result.lower_bound_us
+    assert f"takes {best / lower:.3g} times as long" in rows["bound"]
