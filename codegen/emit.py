@@ -14,6 +14,7 @@ from ..ir.errors import CompileError
 from ..ir.module import Function, Module
 from ..runtime.kernels import FORMAT
 from .compile import Binary, available, compile_kernels
+from .contraction import contraction_of, contraction_source
 from .source import KernelSource, generate
 
 MANIFEST = "manifest.json"
@@ -51,7 +52,7 @@ def emit_kernels(
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     target = TARGETS.get(device, "")
-    made = [_source(function, module) for function in kernel_functions(module)]
+    made = [_source(function, module, target) for function in kernel_functions(module)]
     sources = {source.name: source for _, source in made if source is not None}
     binaries: dict[str, Binary | CompileError] = {}
     if target and available():
@@ -73,11 +74,15 @@ def fallbacks(manifest: dict[str, Any]) -> Sequence[str]:
     ]
 
 
-def _source(function: Function, module: Module) -> tuple[dict[str, Any], KernelSource | None]:
+def _source(
+    function: Function, module: Module, target: str
+) -> tuple[dict[str, Any], KernelSource | None]:
     """The entry of a kernel in the manifest, and its source; None where it has none."""
     name = str(function.attrs["kernel"])
     entry: dict[str, Any] = {"name": name, "function": function.name, "fallback": "", "reason": ""}
     try:
+        if contraction_of(function) is not None:
+            return entry, contraction_source(function, module.mesh, target)
         return entry, generate(function, module.mesh)
     except CompileError as error:
         return entry | _fallen(error), None

@@ -9,6 +9,7 @@ from os.path import commonprefix
 
 from ..ir.module import Function, Location, Module, Namer, Op, Value
 from .base import Pass
+from .products import attentions, join_products
 from .regions import JOINS, Region, Regions, is_view, topological
 from .space import parameters
 
@@ -29,27 +30,32 @@ class Fuse(Pass):
     `passes/regions.py`. Its ops keep their types and splits, so the module means the same. Equal
     regions share one function. Optimizer updates stay apart unless `optimizers` is set, because
     `schedule` makes them run in place and the executor runs those of many parameters at once.
+    Products and attention stay with the device's library unless `contractions` is set: then a product
+    takes the region behind it as its epilogue (`passes/products.py`), and attention is a kernel.
     """
 
     optimizers: bool = False
+    contractions: bool = False
 
     name = "fuse"
     summary = "chains of pointwise and row-wise ops become kernel functions"
     levels = ("logical", "spmd")
 
     def run(self, module: Module) -> Module:
-        return fuse(module, optimizers=self.optimizers)
+        return fuse(module, optimizers=self.optimizers, contractions=self.contractions)
 
 
-def fuse(module: Module, *, optimizers: bool = False) -> Module:
+def fuse(module: Module, *, optimizers: bool = False, contractions: bool = False) -> Module:
     """A module whose pointwise and row-wise chains are calls of kernel functions."""
     library = _Library(module)
     # on a GPU one op is worth a kernel too: launching a binary takes less than ATen's dispatcher
     alone = module.mesh is not None and module.mesh.device != "cpu"
     functions = [
-        function if "kernel" in function.attrs else _rewrite(function, library, optimizers, alone)
+        function if "kernel" in function.attrs
+        else _rewrite(function, library, Regions(function, optimizers=optimizers, alone=alone),
+                      contractions)
         for function in module.functions
-    ]
+    ]  # fmt: skip
     return module.with_(functions=(*functions, *library.functions))
 
 
@@ -114,8 +120,12 @@ def _location(region: Region) -> Location:
     return replace(last, path=_common_path(region.ops) or last.path)
 
 
-def _rewrite(function: Function, library: _Library, optimizers: bool, alone: bool) -> Function:
-    regions = Regions(function, optimizers=optimizers, alone=alone).find()
+def _rewrite(
+    function: Function, library: _Library, found: Regions, contractions: bool
+) -> Function:
+    regions = found.find()
+    if contractions:
+        regions = join_products(function, regions, found.readers) + attentions(function)
     if not regions:
         return function
     inside = {i for region in regions for i in region.members}
