@@ -33,6 +33,7 @@ def plan(
     micro: int | None = None,
     order: str | None = None,
     chunks: int | None = None,
+    meshes: str | None = None,
     budget: str | None = None,
     options: Options = OPTIONS,
     **hyper: Any,
@@ -49,6 +50,7 @@ def plan(
         mesh: axis sizes such as `2x2`; all default meshes are tried without it.
         stages, micro, order, chunks: pipeline stages (the mesh is that of one), micro-batches, and
             their order; see `Options`, whose values they replace.
+        meshes: the mesh of each stage, joined by `+`, where they differ: `2x2+4`.
         budget: time in which stages, micro-batches, order and mesh are searched, `10s` or `inf`.
 
     Raises CompileError; an exception of the program itself passes through.
@@ -57,7 +59,7 @@ def plan(
     expect(optimizer, str, "optimizer")
     expect(options, Options, "options")
     chosen = {"stages": stages, "micro": micro, "order": order, "chunks": chunks,
-              "budget": budget}  # fmt: skip
+              "meshes": meshes, "budget": budget}  # fmt: skip
     options = options.with_({name: value for name, value in chosen.items() if value is not None})
     return plan_target(
         target, cluster=cluster, train=optimizer, mesh=mesh, options=options, hyper=hyper

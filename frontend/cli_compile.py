@@ -22,6 +22,7 @@ from .options import OPTIONS
 @click.option("--micro", default=1, show_default=True, help="Micro-batches that a batch is cut into.")
 @click.option("--order", default="1f1b", show_default=True, help="1f1b, gpipe or interleaved.")
 @click.option("--chunks", default=1, show_default=True, help="Parts of the program on each stage.")
+@click.option("--meshes", default="", help="The mesh of each stage, e.g. 2x2+4.")
 @click.option("--budget", default="", help="Search stages and micro-batches as well, so long: 10s.")
 @click.option("--calibration", default="", help="File of `weft calibrate` to price plans with.")
 @click.option("--device-file", default="", help="TOML file with a newer device's datasheet numbers.")
@@ -29,7 +30,8 @@ from .options import OPTIONS
 @diagnosed
 def compile_command(
     target: str, cluster: str, train: str, output: Path, mesh: str, stages: int, micro: int,
-    order: str, chunks: int, budget: str, calibration: str, device_file: str, no_verify_each: bool,
+    order: str, chunks: int, meshes: str, budget: str, calibration: str, device_file: str,
+    no_verify_each: bool,
 ) -> None:
     """Plan TARGET (module:factory) ahead of time and write an artifact; no device is needed.
 
@@ -43,7 +45,8 @@ def compile_command(
     options = OPTIONS.with_({
         "verify_each": OPTIONS.verify_each and not no_verify_each,
         "calibration": calibration or OPTIONS.calibration,
-        "stages": stages, "micro": micro, "order": order, "chunks": chunks, "budget": budget,
+        "stages": stages, "micro": micro, "order": order, "chunks": chunks,
+        "meshes": meshes, "budget": budget,
     })  # fmt: skip
     if device_file:
         cluster = f"{cluster or '1x1:h100'}@{device_file}"

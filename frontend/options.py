@@ -61,6 +61,8 @@ class Options:
         micro: micro-batches that a batch is computed in.
         order: of the micro-batches on each stage: `1f1b`, `gpipe` or `interleaved`.
         chunks: parts of the program on each stage, for `interleaved`.
+        meshes: the mesh of each stage, joined by `+`: `2x2+4`, or `dp=2,tp=2+tp=4`. Stages then have
+            as many devices as their meshes, one behind the other.
         budget: time of a search for stages, micro-batches, order and meshes together, `10s` for
             example or `inf`; empty places the program on all devices without one.
         calibration: file of `weft calibrate` that plans are priced with (`WEFT_CALIBRATION`).
@@ -79,11 +81,12 @@ class Options:
     micro: int = 1
     order: str = "1f1b"
     chunks: int = 1
+    meshes: str = ""
     budget: str = ""
 
     def __post_init__(self) -> None:
         """Raises CompileError W1001 for a value of another type; texts are taken for `logs`, `cache`."""
-        for name in ("cluster", "pipeline", "cpu_backend", "calibration", "order", "budget"):
+        for name in ("cluster", "pipeline", "cpu_backend", "calibration", "order", "budget", "meshes"):
             expect(getattr(self, name), str, f"the option {name}")
         for name in ("verify_each", "progress", "full_tracebacks"):
             expect(getattr(self, name), bool, f"the option {name}")

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..codegen.emit import emit_kernels
 from ..costmodel import cluster_json
 from ..costmodel.cluster import Cluster, parse_cluster
+from ..costmodel.cluster_stages import stage_clusters
 from ..costmodel.simulate import Simulation, Timeline, simulate
 from ..ir.errors import CompileError
 from ..ir.module import LEVELS, Module
@@ -39,7 +41,6 @@ from .describe import (
 from .explain_text import explain_path, explain_plan
 from .options import OPTIONS
 from .report import Dump, render_report
-from .staging import stage_cluster
 
 VERSION = "0.1.0"
 
@@ -203,9 +204,11 @@ class Plan:
         if not path:
             return "\n".join([self.summary(), *self._searched()])
         found, last = [], None
-        share = stage_cluster(self.cluster, len(self.schedules))
+        sizes = [mesh.size for mesh in self.stage_ranks.meshes]
+        shares = stage_clusters(self.cluster, len(sizes), sizes)
         by_level = {level: [d for d in self.dumps if d.module.level == level] for level in LEVELS}
-        for placed, spmd in zip(by_level["placed"], by_level["spmd"], strict=True):
+        parts = zip(by_level["placed"], by_level["spmd"], cycle(shares), strict=False)
+        for placed, spmd, share in parts:
             try:
                 text = explain_path(placed.module, spmd.module, share, path)
             except CompileError as error:

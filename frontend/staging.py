@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from math import prod
 
-from ..costmodel.cluster import Cluster, Group, meshes, parse_cluster
+from ..costmodel.cluster import Cluster, meshes, parse_cluster
+from ..costmodel.cluster_stages import stage_clusters
 from ..costmodel.collectives import collective_cost
 from ..ir.errors import CompileError
 from ..ir.module import Attr, Module
@@ -28,7 +29,7 @@ from .report import Dump
 
 def is_staged(options: Options) -> bool:
     """Do options ask for stages or micro-batches? Raises CompileError W1001 with a pipeline."""
-    staged = options.stages * options.chunks > 1 or options.micro > 1
+    staged = options.stages * options.chunks > 1 or options.micro > 1 or bool(options.meshes)
     if staged and options.pipeline:
         raise CompileError(
             "W1001", "a pass pipeline and stages or micro-batches exclude each other",
@@ -36,21 +37,6 @@ def is_staged(options: Options) -> bool:
             hint="leave pipeline= out, or stages=, micro= and chunks=",
         )  # fmt: skip
     return staged
-
-
-def stage_cluster(cluster: Cluster, stages: int) -> Cluster:
-    """The devices of one stage: whole hosts, or an equal part of one. Raises CompileError W0404."""
-    group = cluster.homogeneous()
-    ranks, rest = divmod(group.ranks, stages)
-    if rest == 0 and ranks % group.devices == 0:
-        return replace(cluster, groups=(Group(group.kind, ranks // group.devices, group.devices),))
-    if rest == 0 and group.devices % ranks == 0:
-        return replace(cluster, groups=(Group(group.kind, 1, ranks),))
-    raise CompileError(
-        "W0404", f"{stages} stages cannot share the {group.ranks} devices of {cluster}",
-        reason="a stage has whole hosts, or an equal part of one",
-        hint="use a number of stages that divides the hosts, or the devices",
-    )  # fmt: skip
 
 
 def staged_dumps(
@@ -72,16 +58,45 @@ def staged_dumps(
         )  # fmt: skip
     cluster = parse_cluster(cluster_text)
     split = time_split(module, options.micro)
-    share = stage_cluster(cluster, options.stages)
-    parts = balanced(split, options.stages * options.chunks, share)
-    orders = orders_of(options.order, options.stages, split.count, options.chunks)
+    grids = stage_meshes(options, mesh)
+    sizes = [_size(grid) for grid in grids] if options.meshes else []
+    shares = stage_clusters(cluster, len(grids), sizes)
+    parts = balanced(split, shares * options.chunks)
+    orders = orders_of(options.order, len(grids), split.count, options.chunks)
     if "backward" not in split.phases:
         orders = forward_only(orders)
     pieces = cut(split, parts)
-    found = _placed(pieces, split.count, share, mesh)
+    found = _placed(pieces, split.count, shares, grids)
     placed = [result.placed for result in found]
     phases = [result.phases for result in found]
-    return written(split, parts, pieces, placed, orders, [share] * options.stages, phases)
+    return written(split, parts, pieces, placed, orders, shares, phases)
+
+
+def stage_meshes(options: Options, mesh: str) -> list[str]:
+    """The mesh that is asked for each stage, or nothing. Raises CompileError W1001."""
+    if not options.meshes:
+        return [mesh] * options.stages
+    grids = [grid.strip() for grid in options.meshes.split("+")]
+    if mesh or options.stages not in (1, len(grids)):
+        asked = f"mesh={mesh!r}" if mesh else f"stages={options.stages}"
+        raise CompileError(
+            "W1001", f"{asked} and meshes={options.meshes!r} do not fit together",
+            reason=f"meshes names the mesh of each stage: {len(grids)}",
+            hint="leave mesh= and stages= out where meshes= is given",
+        )  # fmt: skip
+    return grids
+
+
+def _size(grid: str) -> int:
+    """Devices of a mesh such as `2x2` or `dp=2,tp=2`. Raises CompileError W0501."""
+    sizes = [part.rpartition("=")[2] for part in grid.split("," if "=" in grid else "x")]
+    if not all(size.isascii() and size.isdigit() and 0 < int(size) for size in sizes):
+        raise CompileError(
+            "W0501", f"the mesh {grid!r} of a stage is not understood",
+            reason="it has the sizes of its axes, or their names and sizes",
+            hint='write for example meshes="2x2+4" or meshes="dp=2,tp=2+tp=4"',
+        )  # fmt: skip
+    return prod(map(int, sizes))
 
 
 def written(
@@ -128,21 +143,28 @@ def written(
 
 
 def _placed(
-    pieces: Sequence[StageModule], micro: int, share: Cluster, mesh: str
+    pieces: Sequence[StageModule], micro: int, shares: Sequence[Cluster], grids: Sequence[str]
 ) -> list[PlacementResult]:
-    """Each part on the mesh on which the slowest is fastest; equal parts are searched once."""
-    candidates = Place(mesh=mesh).candidates(share) or meshes(share)
-    best: list[PlacementResult] = []
-    for grid in candidates:
-        found = _on_mesh(pieces, micro, share, grid)
-        if found and (not best or _badness(found) < _badness(best)):
-            best = found
-    if not best:
-        raise CompileError(
-            "W0402", "a stage has no legal placement on its devices",
-            reason="some op has no legal split", hint="use fewer devices a stage",
-        )  # fmt: skip
-    return best
+    """Each part on its stage's mesh. Stages of the same devices have the mesh on which the slowest of
+    them is fastest; equal parts are searched once."""
+    kinds: dict[tuple[Cluster, str], list[StageModule]] = {}
+    for number, piece in enumerate(pieces):
+        stage = number % len(shares)
+        kinds.setdefault((shares[stage], grids[stage]), []).append(piece)
+    found: dict[int, PlacementResult] = {}
+    for (share, grid), own in kinds.items():
+        best: list[PlacementResult] = []
+        for mesh in Place(mesh=grid).candidates(share) or meshes(share):
+            results = _on_mesh(own, micro, share, mesh)
+            if results and (not best or _badness(results) < _badness(best)):
+                best = results
+        if not best:
+            raise CompileError(
+                "W0402", f"a stage has no legal placement on {share}",
+                reason="some op has no legal split", hint="use fewer devices a stage",
+            )  # fmt: skip
+        found.update(zip((piece.stage for piece in own), best, strict=True))
+    return [found[piece.stage] for piece in pieces]
 
 
 def _on_mesh(
@@ -166,4 +188,4 @@ def _badness(results: Sequence[PlacementResult]) -> tuple[bool, float]:
     return over, max(result.objective_us for result in results)
 
 
-__all__ = ["is_staged", "stage_cluster", "staged_dumps", "written"]
+__all__ = ["is_staged", "stage_meshes", "staged_dumps", "written"]

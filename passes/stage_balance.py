@@ -14,30 +14,34 @@ from .micro import TimeSplit
 from .search_units import units_of
 
 
-def balanced(split: TimeSplit, parts: int, cluster: Cluster) -> tuple[int, ...]:
+def balanced(split: TimeSplit, clusters: Sequence[Cluster]) -> tuple[int, ...]:
     """The part of each op of the program, for `stages.cut`; ops that are left open are -1.
 
     Args:
-        parts: stages, or virtual stages.
-        cluster: its device gives the times of the ops.
+        clusters: the devices of each part (a stage, or a virtual stage). Their number and kind gives
+            the times of its ops, so that fast stages get more of them.
 
     Raises CompileError W0404 for more parts than the program has blocks.
     """
     entry = split.module.entry
-    units = units_of(split)
+    units, parts = units_of(split), len(clusters)
     if parts > units.count:
         raise CompileError(
             "W0404", f"the program cannot be cut into {parts} stages",
             reason=f"it has {units.count} blocks that can be computed one after the other",
             hint=f"ask for at most {units.count} stages (times chunks)",
         )  # fmt: skip
-    alone = Mesh((), cluster.groups[0].kind)
-    weights = [0.0] * units.count
-    times: dict[str, float] = {}
-    for op, unit, phase in zip(entry.ops, units.stage_of, split.phases, strict=True):
-        if unit >= 0 and phase == "forward":
-            weights[unit] += _time_us(split.module, op, alone, cluster, times)
-    first = _cuts(weights, parts)
+    weights: dict[Cluster, list[float]] = {}
+    for cluster in clusters:
+        if cluster in weights:
+            continue
+        alone, times = Mesh((), cluster.groups[0].kind), dict[str, float]()
+        weights[cluster] = [0.0] * units.count
+        for op, unit, phase in zip(entry.ops, units.stage_of, split.phases, strict=True):
+            if unit >= 0 and phase == "forward":
+                time_us = _time_us(split.module, op, alone, cluster, times)
+                weights[cluster][unit] += time_us / cluster.ranks
+    first = _cuts([weights[cluster] for cluster in clusters])
     part_of = [sum(unit >= start for start in first) for unit in range(units.count)]
     return tuple(
         part_of[unit] if unit >= 0 and phase == "forward" else -1
@@ -57,14 +61,18 @@ def _time_us(
     return known[name]
 
 
-def _cuts(weights: Sequence[float], parts: int) -> list[int]:
-    """Where parts 1, 2, ... begin, so that the largest sum is least (linear partition)."""
-    total = [0.0, *accumulate(weights)]
-    count = len(weights)
+def _cuts(weights: Sequence[Sequence[float]]) -> list[int]:
+    """Where parts 1, 2, ... begin, so that the largest sum is least (linear partition).
+
+    Args:
+        weights: for each part the weight that each unit has on it.
+    """
+    totals = [[0.0, *accumulate(own)] for own in weights]
+    count, parts = len(weights[0]), len(weights)
     best = [[float("inf")] * (count + 1) for _ in range(parts + 1)]
     came = [[0] * (count + 1) for _ in range(parts + 1)]
     best[0][0] = 0.0
-    for part in range(1, parts + 1):
+    for part, total in enumerate(totals, start=1):
         for end in range(part, count + 1):
             for start in range(part - 1, end):
                 cost = max(best[part - 1][start], total[end] - total[start])

@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weft.costmodel.cluster import meshes, parse_cluster
+from weft.costmodel.cluster_json import KEY, cluster_of, to_json
+from weft.costmodel.datasheet import _REQUIRED
 from weft.costmodel.devices import DEVICES
 from weft.ir.errors import CompileError
 from weft.ir.types import Mesh
@@ -146,3 +148,48 @@ def test_each_device_has_sane_numbers(kind: str) -> None:
     assert device.source and device.launch_us > 0
     assert 1e9 < device.memory_bytes < 1e12 and 1e9 < device.dram_bytes_per_s < 1e14
     assert device.inter.bytes_per_s <= device.intra.bytes_per_s
+
+
+def test_each_group_has_hardware_of_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "mixed.toml"
+    file.write_text("""
+[device]
+launch_us = 2.0
+[links.inter]
+latency_s = 1e-5
+[[groups]]
+device = "h100"
+hosts = 2
+devices = 8
+[[groups]]
+device = "a100"
+hosts = 1
+devices = 4
+[groups.numbers]
+memory_bytes = 4e10
+[groups.links.inter]
+bytes_per_s = 1e9
+""")
+    cluster = parse_cluster(str(file))
+    one, two = cluster.part(0), cluster.part(1)
+    assert (one.device.kind, two.device.kind) == ("h100", "a100")
+    assert (one.device.memory_bytes, two.device.memory_bytes) == (80e9, 4e10)
+    assert one.device.launch_us == two.device.launch_us == 2.0
+    assert one.inter.latency_s == two.inter.latency_s == 1e-5
+    assert (one.inter.bytes_per_s > 1e9, two.inter.bytes_per_s) == (True, 1e9)
+    assert cluster.host_groups() == [0, 0, 1] and cluster.in_order([0, 1]) == cluster
+    turned = cluster.in_order([1, 0])
+    assert str(turned) == "1x4:a100+2x8:h100" and turned.part(1) == one
+    assert cluster_of({KEY: to_json(cluster)}) == cluster
+
+
+def test_a_file_is_about_the_group_ahead_of_it(tmp_path: Path) -> None:
+    file = tmp_path / "new+1.toml"
+    numbers: dict[str, object] = dict.fromkeys(_REQUIRED, 100.0)
+    numbers |= {"name": '"new"', "mem_gb": 7.0}
+    file.write_text("".join(f"{key} = {value}\n" for key, value in numbers.items()))
+    plain = parse_cluster("1x8:h100+2x8:a100")
+    first = parse_cluster(f"1x8:h100@{file}+2x8:a100")
+    assert first.device.memory_bytes == 7e9 and first.others == plain.others
+    last = parse_cluster(f"1x8:h100+2x8:a100@{file}")
+    assert last.device == plain.device and last.others[0].device.memory_bytes == 7e9

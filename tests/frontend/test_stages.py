@@ -12,8 +12,9 @@ from torch import nn
 
 import weft
 from weft.costmodel.cluster import parse_cluster
+from weft.costmodel.cluster_json import cluster_of
+from weft.costmodel.cluster_stages import stage_clusters
 from weft.frontend.options import OPTIONS
-from weft.frontend.staging import stage_cluster
 from weft.frontend.verify import verify_dumps
 from weft.ir.errors import CompileError, WeftError
 from weft.ir.text import print_module
@@ -58,6 +59,42 @@ def test_the_step_of_all_ranks_is_simulated(plan: weft.Plan) -> None:
     assert "head" not in plan.explain("blocks.0.up")
 
 
+@pytest.mark.parametrize(
+    ("options", "shape", "kinds"),
+    [
+        ({"cluster": "1x4:cpu", "meshes": "3+1"}, "stages of dev=3, one rank", ["cpu", "cpu"]),
+        ({"cluster": "1x1:h100+1x2:cpu", "stages": 2}, "stages of one rank, dev=2", ["h100", "cpu"]),
+    ],
+)
+def test_stages_have_meshes_and_devices_of_their_own(
+    options: dict[str, Any], shape: str, kinds: list[str], tmp_path: Path
+) -> None:
+    plan = planned(micro=2, **options)
+    assert shape in plan.summary() and plan.ranks == parse_cluster(options["cluster"]).ranks
+    assert [mesh.device for mesh in plan.stage_ranks.meshes] == kinds
+    checks = list(verify_dumps([(d.name, d.module) for d in plan.dumps], {**plan.weights, **plan.inputs}))
+    assert all(check.holds for check in checks) and checks[-1].against
+    assert plan.simulation.step_us > 0
+    plan.save(tmp_path / "out")
+    artifact = Artifact.open(tmp_path / "out")
+    assert artifact.info["ranks"] == plan.ranks
+    assert [print_module(m) for m in artifact.schedules()] == [print_module(m) for m in plan.schedules]
+    assert cluster_of(artifact.info) == plan.cluster
+
+
+def test_fast_devices_get_more_of_the_program() -> None:
+    """Five equal layers: one on the CPU, the rest on a device of hundreds of times its speed."""
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(512, 512), nn.Tanh()) for _ in range(5)))
+    x = torch.randn(512, 512)
+    counts = []
+    for cluster in ("1x1:h100+1x1:cpu", "1x1:cpu+1x1:h100"):
+        plan = weft.plan(model, (x,), cluster=cluster, stages=2)
+        counts.append(tuple(
+            sum(a.get("role") == "param" for a in m.entry.param_attrs) for m in plan.schedules
+        ))  # fmt: skip
+    assert counts == [(8, 2), (2, 8)]
+
+
 def test_micro_batches_hold_fewer_activations() -> None:
     """The peak of one rank: parameters and states stay, activations shrink."""
 
@@ -91,6 +128,13 @@ def test_a_forward_pass_has_no_backward_slots() -> None:
         (tied, {"cluster": "2x1:cpu", "stages": 2, "micro": 6}, "W0404", "batch of 5"),
         (tied, {"cluster": "3x1:cpu", "stages": 2}, "W0404", "cannot share the 3 devices"),
         (tied, {"stages": 2}, "W0404", "cannot share the 1 devices"),
+        (tied, {"cluster": "2x2:cpu", "meshes": "3+1"}, "W0404", "3 devices does not fit behind 0"),
+        (tied, {"cluster": "1x4:cpu", "meshes": "3+2"}, "W0404", "have 5 devices"),
+        (tied, {"cluster": "1x4:cpu", "meshes": "3+1", "stages": 3}, "W1001", "do not fit together"),
+        (tied, {"cluster": "1x4:cpu", "meshes": "3+one"}, "W0501", "'one' of a stage"),
+        (tied, {"cluster": "1x1:h100+1x3:a100", "meshes": "2+2"}, "W0404", "does not fit behind 0 of 1x1"),
+        (tied, {"cluster": "1x1:h100+1x3:a100", "stages": 3}, "W0404", "3 stages cannot share"),
+        (tied, {"cluster": "1x1:h100+1x3:a100"}, "W0501", "one mesh cannot lie on"),
         (tied, {"micro": 0}, "W1001", "option micro"),
         (tied, {"micro": 2.0}, "W1001", "option micro"),
         (tied, {"micro": 2, "options": OPTIONS.with_({"pipeline": "simplify"})}, "W1001", "exclude"),
@@ -115,8 +159,11 @@ def test_a_module_with_its_loss_outside_is_refused() -> None:
 
 
 def test_a_stage_has_whole_hosts_or_an_equal_part_of_one() -> None:
+    mixed = parse_cluster("2x8:h100+1x8:a100")
+    assert list(map(str, stage_clusters(mixed, 3))) == ["1x8:h100", "1x8:h100", "1x8:a100"]
+    assert list(map(str, stage_clusters(mixed, 3, [16, 4, 4]))) == ["2x8:h100", "1x4:a100", "1x4:a100"]
     shares = {
         ("4x8:h100", 2): "2x8:h100", ("4x8:h100", 8): "1x4:h100", ("1x8:h100", 4): "1x2:h100",
     }  # fmt: skip
     for (text, stages), share in shares.items():
-        assert str(stage_cluster(parse_cluster(text), stages)) == share
+        assert [str(own) for own in stage_clusters(parse_cluster(text), stages)] == [share] * stages
