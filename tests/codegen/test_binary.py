@@ -9,21 +9,22 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.codegen.kit import load, only_kernel, samples
-from tests.codegen.programs import PROGRAMS
+from tests.codegen.kit import load, only_kernel, program, samples
+from tests.codegen.programs import PROGRAMS, tensor
 from torch import Tensor
 
 from weft.codegen.compile import available
-from weft.codegen.emit import emit_kernels
+from weft.codegen.emit import emit_kernels, kernel_functions
 from weft.codegen.source import generate
+from weft.ir.builder import Builder
 from weft.ir.errors import RunError
-from weft.ir.module import Function, Module
+from weft.ir.module import Function, Module, Value
 from weft.passes.fuse import fuse
 from weft.runtime.binary import Unfit, check_binary
 from weft.runtime.cubin import BadCubin, read_cubin
@@ -314,3 +315,50 @@ print(load_kernels({str(tmp_path)!r}, driver=driver, stream=lambda d: 0))
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert run.stdout.splitlines() == ["torch.Size([4, 8, 256])", "{}"], run.stderr[-2000:]
     assert "runs ATen" in run.stderr
+
+
+def persistent_product(b: Builder) -> list[Value]:
+    """128 rows: the variant whose tensor descriptors live in memory of the launcher."""
+    x, w = b.param(tensor("bf16", 2, 64, 128), "x"), b.param(tensor("bf16", 256, 128), "w")
+    y = b.one("einsum", [x, w], {"spec": "a b k, n k -> a b n"})
+    return [b.one("relu", [b.one("exp", [y])])]
+
+
+def few_rows(b: Builder) -> list[Value]:
+    """Two results of a product whose weight is the left operand."""
+    x, w = b.param(tensor("bf16", 8, 128), "x"), b.param(tensor("bf16", 96, 128), "w")
+    bias = b.param(tensor("f32", 96), "bias")
+    y = b.one("einsum", [x, w], {"spec": "m k, n k -> m n"})
+    y = b.one("add", [b.one("cast", [y], types=[tensor("f32", 8, 96)]), bias],
+              types=[tensor("f32", 8, 96)])  # fmt: skip
+    return [y, b.one("exp", [y])]
+
+
+def causal_attention(b: Builder) -> list[Value]:
+    q, k, v = (b.param(tensor("bf16", 2, h, 256, 64), name) for h, name in ((4, "q"), (2, "k"), (2, "v")))
+    return list(b.op("attention", [q, k, v], {"causal": True, "scale": 0.125}))
+
+
+@pytest.mark.parametrize(
+    "make, grid", [(persistent_product, 1), (few_rows, 2), (causal_attention, 2)]
+)
+def test_contractions_are_launched_from_their_binaries(
+    make: Callable[[Builder], list[Value]], grid: int, library: Path, fake: ctypes.CDLL, tmp_path: Path
+) -> None:
+    (function,) = kernel_functions(fuse(program(make), contractions=True))
+    entry = emitted(function, tmp_path)
+    assert not entry["fallback"], entry["reason"]
+    assert entry["matrix"].startswith("HGMMA") and not entry["spill_bytes"]
+    expect(fake, entry)
+    kernel = loaded(tmp_path, library)
+    for _ in range(2):
+        operands = samples(function)
+        results = kernel(*operands)
+        assert [tuple(x.shape) for x in results] == [v.type.shape for v in function.results]
+        blocks, values = launched(fake, entry)
+        assert blocks[0] == grid
+        assert [x.data_ptr() for x in results] == [
+            value for name, value in zip(entry["signature"], values, strict=False)
+            if name in ("out_ptr", "lse_ptr") or name.endswith("_out_ptr")
+        ]  # fmt: skip
+    assert number(fake, "launches") == 2
