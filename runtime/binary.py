@@ -205,7 +205,7 @@ class BinaryKernel:
         with self._lock:
             try:
                 results = self._run(operands)
-            except Unfit:  # a view whose strides are not what the binary was made for
+            except (Unfit, ValueError):  # a view whose strides are not what the binary was made for
                 operands = [x.contiguous() for x in operands]
                 results = self._run(operands)
             if key is not None and (form := self._form(operands, results)) is not None:
