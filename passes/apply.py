@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..ir.errors import CompileError
-from ..ir.module import NOWHERE, Function, Location, Module, Namer, Op, Value
+from ..ir.module import NOWHERE, Attr, Function, Location, Module, Namer, Op, Value
 from ..ir.opdef import OPS, signature_of
 from ..ir.types import B, Mesh, illegal_placement
 from .reshard import Placements
@@ -47,6 +47,13 @@ class FunctionChoices:
 LOOP = frozenset({"forward", "backward"})
 #: roles of the entry's parameters that each micro-batch has its own part of
 BATCHED = frozenset({"input", "tangent"})
+
+
+def batched(attrs: Mapping[str, Attr]) -> bool:
+    """Has each micro-batch a value of its own of an entry's parameter with these attributes?"""
+    return attrs.get("role") in BATCHED or attrs.get("phase") in LOOP
+
+
 #: roles of the entry's results that are added up over the micro-batches, or made after them
 ACCUMULATED = frozenset({"loss", "grad", "update"})
 
@@ -279,13 +286,15 @@ class _Applier:
         if phase not in LOOP:
             return "late", phase
         if made is None:
-            (role,) = (a.get("role") for p, a in zip(
+            (own_attrs,) = (a for p, a in zip(
                 self.function.params, self.function.param_attrs, strict=True)
                 if p.name == value.name)  # fmt: skip
-            constant = role not in BATCHED
+            constant = not batched(own_attrs)
         else:
             constant = self.phases[made] not in LOOP
         return ("loop", "before") if constant and not own else ("loop", phase)
 
 
-__all__ = ["ACCUMULATED", "BATCHED", "LOOP", "Again", "Choices", "FunctionChoices", "apply", "apply_phased"]
+__all__ = [
+    "ACCUMULATED", "LOOP", "Again", "Choices", "FunctionChoices", "apply", "apply_phased", "batched",
+]  # fmt: skip

@@ -16,7 +16,7 @@ import numpy as np
 from ..costmodel.cluster import Cluster
 from ..ir.module import Function, Module, Value
 from ..ir.types import FLOATS, Mesh, TensorType, local_bytes
-from .apply import ACCUMULATED, BATCHED, LOOP, FunctionChoices
+from .apply import ACCUMULATED, LOOP, FunctionChoices, batched
 from .constraints import Rule, Selection
 from .inline import rebase
 from .joined import joins
@@ -97,6 +97,7 @@ class Session:
         if key not in self._bodies:
             body = Body(self, function, [weight] * len(function.ops), path, at)
             outer = {end.variable for end in (*body.params, *body.results)}
+            outer |= {row.variable for row in body.memory}  # bytes are priced in the entry
             # what is dominated takes longer to find than it saves: bounds exclude it as well
             reduce(body.network, 0, kept=outer)
             self._bodies[key] = body
@@ -305,7 +306,7 @@ class Body:
         for value, attrs, end in zip(
             function.params, function.param_attrs, self.params, strict=True
         ):
-            yield value, end, attrs.get("role") not in BATCHED
+            yield value, end, not batched(attrs)
         for index, (op, (variable, options)) in enumerate(
             zip(function.ops, self.ops, strict=True)
         ):

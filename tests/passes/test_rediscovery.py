@@ -7,13 +7,15 @@ published; the assertions are on the lowered forward pass.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 
 import pytest
+import torch
 from tests.passes.expert_programs import experts_step, in_bf16
 from tests.passes.place_programs import llama_step
+from tests.passes.search_models import stack
 
 from weft.costmodel.cluster import meshes, parse_cluster
 from weft.ir.module import Function, Module, Op
@@ -22,6 +24,7 @@ from weft.ir.verify import verify
 from weft.passes.lower import lower
 from weft.passes.place import search_mesh
 from weft.passes.place_states import states_of
+from weft.passes.search import search_plan
 
 HOST = "1x8:h100"
 RANKS = 8
@@ -212,6 +215,21 @@ def test_expert_parallelism_for_many_experts(experts: int) -> None:
     assert [found.bytes(op) for op in exchanged] == [part] * 4
     others = [op for op in entry.ops if op.name in _MOVES and op.name != "all_to_all"]
     assert {op.operands[0].type.shape for op in others} == {(width, width), ()}
+
+
+@pytest.mark.parametrize(("bytes_per_s", "stages"), [(1e9, 2), (None, 1)])
+def test_a_pipeline_across_slow_links_and_none_across_fast_ones(
+    bytes_per_s: float | None, stages: int
+) -> None:
+    """Narayanan et al., 2021: tensor or data parallelism inside a host, a pipeline between hosts."""
+    cluster = parse_cluster("2x2:a100")
+    if bytes_per_s is not None:
+        inter = replace(cluster.inter, bytes_per_s=bytes_per_s, latency_s=5e-5)
+        cluster = replace(cluster, inter=inter)
+    blocks = stack(4, 1024, 64, torch.float32, "meta")[0]
+    found = search_plan(blocks, cluster).best.pipeline.stages
+    assert len(found) == stages
+    assert {stage.mesh.size for stage in found} == {4 // stages}
 
 
 def test_a_part_of_the_keys_of_causal_attention_is_no_faster_than_a_part_of_the_heads() -> None:
