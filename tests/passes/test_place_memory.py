@@ -6,13 +6,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tests.passes.pipeline_models import STEPS, traced
 from tests.passes.place_programs import llama_step
 
 from weft.costmodel.cluster import parse_cluster
+from weft.frontend.driver import logical_passes
+from weft.frontend.pass_table import ALL_PASSES
 from weft.ir.module import Module
 from weft.ir.types import Mesh
 from weft.ir.verify import verify
 from weft.passes.apply import apply_phased
+from weft.passes.manager import PassManager
+from weft.passes.pipeline import parse_pipeline
 from weft.passes.place import MEMORY_SHARE, search_frontier, search_mesh
 from weft.passes.place_model import PlacementModel, Runs
 from weft.passes.place_solve import settle, solve
@@ -99,3 +104,19 @@ def test_any_plan_costs_what_the_search_says_once_nothing_better_is_near(
         time_us = cost - model.memory_term_us(chosen, us_per_byte) + decoded.slack_us
         assert price(placed, cluster, phases, micro).total_us == pytest.approx(time_us, rel=1e-6)
     assert moved
+
+
+def test_the_bytes_of_calls_inside_of_calls_are_counted() -> None:
+    """What a reduced callee says of its own callees' results is found again in the entry."""
+    program = traced(STEPS["two towers"])[0].module
+    module = PassManager(parse_pipeline(logical_passes("train"), ALL_PASSES)).run(program)
+    assert any(op.name == "call" for function in module.functions[1:] for op in function.ops)
+    mesh, cluster = Mesh((("host", 2), ("dev", 2)), "a100"), parse_cluster("2x2:a100")
+    model = PlacementModel(module, mesh, cluster)
+    for us_per_byte in (0.0, 1e-2):
+        found = solve(model.weighted(us_per_byte))
+        assert found is not None and found.exact
+        decoded = model.plan(found.states)
+        placed, _ = apply_phased(module, mesh, decoded.choices)
+        time_us = found.cost - model.memory_term_us(found.states, us_per_byte) + decoded.slack_us
+        assert price(placed, cluster).total_us == pytest.approx(time_us, rel=1e-6)
