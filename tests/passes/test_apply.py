@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 
 import pytest
 import torch
 from tests.passes.equality import assert_close
 from tests.passes.programs import random_program
+from tests.passes.search_models import stack
 from torch import Generator
 
 from weft.ir.builder import Builder
@@ -18,8 +20,11 @@ from weft.ir.parser import parse_module
 from weft.ir.text import print_module
 from weft.ir.types import B, Mesh, P, S, TensorType
 from weft.ir.verify import verify
-from weft.passes.apply import Choices, FunctionChoices, apply
+from weft.passes.apply import LOOP, Choices, FunctionChoices, apply, apply_phased
+from weft.passes.micro import time_split
 from weft.passes.random_place import RandomPlace, parse_mesh, random_choices
+from weft.passes.search_units import units_of
+from weft.passes.stages import cut
 from weft.runtime.interpreter import evaluate
 
 LINE = Mesh((("tp", 2),))
@@ -213,3 +218,21 @@ def test_evaluation_on_ranks_is_sharp() -> None:
     inputs = [torch.randn(4, 6, generator=g).double(), torch.randn(6, 8, generator=g).double()]
     with pytest.raises(RunError, match="copies of a .* differ"):
         evaluate(placed.with_(functions=(entry,)), inputs, ranks=True)
+
+
+def test_what_a_stage_receives_is_resharded_for_each_micro_batch() -> None:
+    """It is a parameter of the stage, but not one that stays the same over a step."""
+    split = time_split(stack()[0], 2)
+    piece = cut(split, [unit // 2 for unit in units_of(split).stage_of])[1]
+    received = {t.value for t in piece.receives if t.phase in LOOP}
+    mesh, found = Mesh((("x", 2),)), 0
+    for seed in range(4):
+        choices = random_choices(piece.module, mesh, Random(seed))
+        choices = replace(choices, phases=piece.phases, repeated=True)
+        placed, phases = apply_phased(piece.module, mesh, choices)
+        assert phases is not None
+        for op, phase in zip(placed.entry.ops, phases, strict=True):
+            if op.name == "reshard" and op.operands[0].name in received:
+                found += 1
+                assert phase in LOOP
+    assert found
