@@ -68,7 +68,9 @@ class Groups:
         self.stage = self.ranks.stage(self.rank)
         self.mesh, self.coord = self.ranks.meshes[self.stage], self.ranks.coord(self.rank)
         self._members: dict[str, tuple[int, ...]] = {}
-        self._groups = {name: self._new_group(name) for name in self.mesh.names}
+        self._groups = self._agreed() if self._uneven() else {
+            name: self._new_group(name) for name in self.mesh.names
+        }
         self.nccl = self.distributed and dist.get_backend() == "nccl"
         self.watch = watch()
         self.device_mesh: Any = None  # a DeviceMesh, once one is asked for or given
@@ -81,16 +83,48 @@ class Groups:
         ranks = self.members(axis)
         if len(ranks) == 1:
             return None
-        key = (ranks, self.timeout_s)
-        found = _GROUPS.get(key)
+        found = _GROUPS.get((ranks, self.timeout_s))
         if found is None or found[0] is not dist.group.WORLD:
-            with together(f"makes the process group of mesh axis {axis!r}"):
-                group = dist.new_group(
-                    list(ranks), timeout=timedelta(seconds=self.timeout_s),
-                    use_local_synchronization=True,
-                )  # fmt: skip
-            _GROUPS[key] = found = (dist.group.WORLD, group)
+            return self._make(ranks, f"mesh axis {axis!r}")
         return found[1]
+
+    def _make(self, ranks: tuple[int, ...], what: str) -> Any:
+        with together(f"makes the process group of {what}"):
+            group = dist.new_group(
+                list(ranks), timeout=timedelta(seconds=self.timeout_s),
+                use_local_synchronization=True,
+            )  # fmt: skip
+        _GROUPS[ranks, self.timeout_s] = (dist.group.WORLD, group)
+        return group
+
+    def _uneven(self) -> bool:
+        """Have the ranks of this world made, or make now, different numbers of process groups?"""
+        if not self.distributed:
+            return False
+        world = dist.group.WORLD
+        if len({len(mesh.axes) for mesh in self.ranks.meshes}) > 1:
+            _UNEVEN.append(world)
+        return any(other is world for other in _UNEVEN)
+
+    def _agreed(self) -> dict[str, Any]:
+        """The process groups of all axes, as many made on each rank: torch names a group that its
+        members alone make after the number of groups that a rank has. All ranks take part."""
+        out: dict[str, Any] = {}
+        names = self.mesh.names
+        for position in range(max(len(mesh.axes) for mesh in self.ranks.meshes)):
+            axis = names[position] if position < len(names) else ""
+            ranks = self.members(axis) if axis else (self.rank,)
+            found = _GROUPS.get((ranks, self.timeout_s))
+            known = len(ranks) == 1 or (found is not None and found[0] is dist.group.WORLD)
+            flags = [False] * dist.get_world_size()
+            with together("makes the process groups of its mesh"):
+                dist.all_gather_object(flags, known)
+            group = found[1] if found is not None and known else None
+            if not all(flags):
+                group = self._make(ranks, f"mesh axis {axis!r}" if axis else "this rank")
+            if axis:
+                out[axis] = group if len(ranks) > 1 else None
+        return out
 
     def group(self, axis: str) -> Any:
         """The process group along an axis, or None for a single rank. Raises KeyError."""
@@ -131,6 +165,8 @@ class Groups:
 
 
 _GROUPS: dict[tuple[tuple[int, ...], float], tuple[Any, Any]] = {}
+#: worlds whose ranks have made different numbers of process groups
+_UNEVEN: list[Any] = []
 
 
 def adopt_group(ranks: tuple[int, ...], group: Any, timeout_s: float = TIMEOUT_S) -> None:

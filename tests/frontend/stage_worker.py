@@ -76,6 +76,7 @@ PLANS: dict[str, dict[str, Any]] = {
     2: {"1f1b": {"stages": 2, "micro": 3}, "micro-batches alone": {"micro": 3}},
     4: {"gpipe": {"stages": 4, "micro": 2, "order": "gpipe"},
         "interleaved": {"stages": 2, "micro": 4, "order": "interleaved", "chunks": 2}},
+    3: {"narrower": {"meshes": "2+1", "micro": 3}, "wider": {"meshes": "1+2", "micro": 2}},
 }.get(RANKS, {})  # fmt: skip
 
 
@@ -130,7 +131,7 @@ def dropout() -> Report:
 def resumed() -> Report:
     """Checkpoints go from one pipeline to another, and to a plan without stages."""
     folder = Path(os.environ["WEFT_TEST_FOLDER"])
-    plans: list[dict[str, Any]] = [PLANS["1f1b"], {}]
+    plans: list[dict[str, Any]] = list(PLANS.values()) if RANKS == 3 else [PLANS["1f1b"], {}]
     theirs, other = net()
     losses, wanted = [], []
     for number, options in enumerate(plans):

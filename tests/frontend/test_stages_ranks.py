@@ -31,6 +31,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Reports]:
     folder = tmp_path_factory.mktemp("stages")
     return {
         2: run(folder / "two", 2, "steps", "dropout", "resumed"),
+        3: run(folder / "three", 3, "steps", "resumed"),
         4: run(folder / "four", 4, "steps"),
     }
 
@@ -43,7 +44,7 @@ def test_pipelines_train_as_eager(worlds: dict[int, Reports]) -> None:
                 assert numbers["ranks"] == ranks
                 assert all(numbers[what] <= limit for what, limit in limits.items()), (name, numbers)
     used = {name: n["stages"] for world in worlds.values() for name, n in world["steps"][0].items()}
-    assert used == {"1f1b": 2, "micro-batches alone": 1, "gpipe": 4, "interleaved": 2}
+    assert used == {"1f1b": 2, "micro-batches alone": 1, "gpipe": 4, "interleaved": 2, "narrower": 2, "wider": 2}
 
 
 def test_dropout_is_that_of_the_plan_without_stages(worlds: dict[int, Reports]) -> None:
@@ -53,5 +54,5 @@ def test_dropout_is_that_of_the_plan_without_stages(worlds: dict[int, Reports]) 
 
 
 def test_checkpoints_fit_any_number_of_stages(worlds: dict[int, Reports]) -> None:
-    for report in worlds[2]["resumed"]:
+    for report in (*worlds[2]["resumed"], *worlds[3]["resumed"]):
         assert report["losses"] == pytest.approx(report["wanted"], rel=1e-5)
