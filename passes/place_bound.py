@@ -102,6 +102,7 @@ class _Lifted:
             for c, row in self.ports.items()
             for p in range(len(row))
         }
+        self.swept = False
         self.order = self._order()
         self.rank = {c: n for n, c in enumerate(self.order)}
 
@@ -134,18 +135,22 @@ class _Lifted:
         return table - self.messages[c, p][:, None] - self.messages[end][None, :]
 
     def sweep(self, order: list[int], rank: dict[int, int], share: dict[int, float]) -> None:
-        """Pull and push once, class by class."""
+        """Pull and push once, class by class; sweeps go back and forth."""
         for c in order:
             ahead = []
             for p, port in enumerate(self.ports[c]):
-                self.messages[c, p] = port.pull(self.messages[port.other])
                 # what is pushed to a port that pulls from others would be lost
-                if rank[port.other[0]] > rank[c] and (c, p) not in self.minor:
+                pushes = rank[port.other[0]] > rank[c] and (c, p) not in self.minor
+                if pushes:
                     ahead.append(p)
+                # what is ahead has not changed since the last sweep, on its way back, pulled from it
+                if not pushes or not self.swept:
+                    self.messages[c, p] = port.pull(self.messages[port.other])
             if ahead:
                 part = share[c] * self.belief(c)
                 for p in ahead:
                     self.messages[c, p] = self.messages[c, p] - part
+        self.swept = True
 
     def shares(self) -> dict[int, float]:
         """The part of its cost that a class pushes on to each edge ahead."""
