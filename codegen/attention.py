@@ -110,13 +110,12 @@ class _Writer(Bodies):
 
     def aligned(self) -> tuple[str, ...]:
         """Strides, wherever the head sizes are multiples of 16: without it, copies are narrow."""
-        a = self.a
-        sizes = {"S": a.queries, "T": a.keys}
+        a, sizes = self.a, dict[str, int]()
         for name in self.arguments():
             stem, _, axis = name.rpartition("_")
             if axis in ("b", "h", "s") and stem:
                 of_e = stem in ("v", "out", "dout", "dv")
-                sizes[name] = a.queries if stem in VECTORS else a.e if of_e else a.d
+                sizes[name] = 1 if stem in VECTORS else a.e if of_e else a.d
             elif axis == "s0":
                 sizes[name] = a.keys
         tensors = a.modifier.tensors if a.modifier else ()
@@ -125,9 +124,10 @@ class _Writer(Bodies):
 
     def draft(self) -> Draft:
         a, tile = self.a, self.tile
-        constants = {"HEADS": a.heads, "GROUPS": a.groups, "BLOCK_M": tile.m, "BLOCK_N": tile.n}
-        constants |= {"D": a.d, "E": a.e}
+        constants = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "D": a.d, "E": a.e}
         constants |= {f"BLOCK_{name}": max(16, power_of_two(constants[name])) for name in "DE"}
+        # a rank may have another number of heads than the first
+        derived = {"HEADS": (a.heads, "q.shape[1]"), "GROUPS": (a.groups, "k.shape[1]")}
         if a.kind == "decode":
             constants["SPLITS"] = tile.splits
         features = {"causal": a.causal, "variable length": a.varlen, "block list": a.sparse,
@@ -142,11 +142,11 @@ class _Writer(Bodies):
         moved = sum(rows * width * DTYPES[a.dtype] for rows, width in
                     (size[twin.get(name, name)] for name in (*params, *results)))  # fmt: skip
         return Draft(
-            a.name, doc, self.arguments(), constants, {}, bodies[a.kind](), self.launch(constants),
-            self.aligned(), tile.warps, tile.stages, "attention", moved,
+            a.name, doc, self.arguments(), constants, derived, bodies[a.kind](),
+            self.launch(constants, derived), self.aligned(), tile.warps, tile.stages, "attention", moved,
         )  # fmt: skip
 
-    def launch(self, constants: dict[str, int]) -> str:
+    def launch(self, constants: dict[str, int], derived: dict[str, tuple[int, str]]) -> str:
         a = self.a
         params, results = _PARTS[a.kind]
         tensors = a.modifier.tensors if a.modifier else ()
@@ -190,6 +190,8 @@ class _Writer(Bodies):
 
             def launch(<given>):
                 \"\"\"Run the kernel: see the file's head.\"\"\"
+                if (q.shape[-1], v.shape[-1]) != (D, E):
+                    raise ValueError("the kernel was made for heads of another size")
                 <dense>
                 <made>
                 <sizes>
@@ -202,7 +204,7 @@ class _Writer(Bodies):
             dense=[f"{name} = dense({name})" for name in params], made=made, sizes=sizes, extra=extra,
             expand=[f"{t.name} = dense({t.name}.expand(q.shape[0], q.shape[1], "
                     f"{'S' if t.rows else '1'}, {'T' if t.column else '1'}))" for t in tensors],
-            call=Draft.call(values, constants, {}, grid),
+            call=Draft.call(values, constants, derived, grid),
             given=", ".join(given), results=", ".join(results), some=results[0],
         )  # fmt: skip
 

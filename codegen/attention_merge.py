@@ -55,8 +55,7 @@ def merge_source(name: str, rows: int, e: int, dtype: str) -> KernelSource:
     )
     moved = 3 * rows * (e * DTYPES[dtype] + DTYPES["f32"])
     doc = f"Merge {name}: attention over two parts of the keys.\n"
-    aligned = ("M",) if rows % 16 == 0 else ()
-    return Draft(name, doc, arguments, constants, {}, _BODY, launch, aligned, 4, 1,
+    return Draft(name, doc, arguments, constants, {}, _BODY, launch, (), 4, 1,
                  "attention_merge", moved).source()  # fmt: skip
 
 

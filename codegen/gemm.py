@@ -197,7 +197,8 @@ class _Writer:
 
     def aligned(self) -> tuple[str, ...]:
         g = self.gemm
-        sizes = {"M": g.m, "N": g.n, "K": g.k}
+        # the number of rows may be another on each rank; only rows that lie side by side need it
+        sizes = {"M": g.m if g.a_order == "km" else 1, "N": g.n, "K": g.k}
         k_bytes = -(-g.k // BLOCK) * HALF if self.int4 else g.k
         sizes["a_stride"] = g.k if g.a_order == "mk" else g.m
         sizes["b_stride"] = k_bytes if g.b_order == "nk" else g.n

@@ -69,10 +69,8 @@ def linear_loss_source(loss: LinearLoss, tile: Tile | None = None) -> KernelSour
         """,
         call=Draft.call(values, constants, derived, "(blocks * PARTS,)"),
     )
-    aligned = tuple(
-        name for name, n in (("M", loss.rows), ("N", loss.vocabulary), ("K", loss.k),
-                             ("x_stride", loss.k), ("w_stride", loss.k)) if n % 16 == 0
-    )  # fmt: skip
+    sizes = {"N": loss.vocabulary, "K": loss.k, "x_stride": loss.k, "w_stride": loss.k}
+    aligned = tuple(name for name, size in sizes.items() if size % 16 == 0)
     doc = f"Linear layer with cross-entropy {loss.name}: losses and log-sum-exps.\n"
     precision = ', input_precision="ieee"' if loss.dtype == "f32" else ""
     body = text(_FORWARD, ignore=str(loss.ignore), precision=precision)
