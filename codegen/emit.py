@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from ..ir.errors import CompileError
-from ..ir.module import Function, Module
+from ..ir.module import Function, Module, Op
+from ..passes.regions import OPTIMIZERS
 from ..runtime.kernels import FORMAT
+from ..runtime.updates import update_name
 from .compile import Binary, available, compile_kernels
 from .contraction import contraction_of, contraction_source
 from .source import KernelSource, generate
+from .update import update_source
 
 MANIFEST = "manifest.json"
 #: device kind -> target; NVIDIA's table of compute capabilities (CUDA C++ programming guide, 5.1),
@@ -53,6 +56,7 @@ def emit_kernels(
     folder.mkdir(parents=True, exist_ok=True)
     target = TARGETS.get(device, "")
     made = [_source(function, module, target) for function in kernel_functions(module)]
+    made += [_update(name, op) for name, op in updates_of(module).items()]
     sources = {source.name: source for _, source in made if source is not None}
     binaries: dict[str, Binary | CompileError] = {}
     if target and available():
@@ -84,6 +88,25 @@ def _source(
         if contraction_of(function) is not None:
             return entry, contraction_source(function, module.mesh, target)
         return entry, generate(function, module.mesh)
+    except CompileError as error:
+        return entry | _fallen(error), None
+
+
+def updates_of(module: Module) -> dict[str, Op]:
+    """The kinds of optimizer updates outside of kernels by the names of their kernels."""
+    return {
+        update_name(op): op
+        for function in module.functions
+        if "kernel" not in function.attrs
+        for op in function.ops
+        if op.name in OPTIMIZERS
+    }
+
+
+def _update(name: str, op: Op) -> tuple[dict[str, Any], KernelSource | None]:
+    entry: dict[str, Any] = {"name": name, "function": "", "fallback": "", "reason": ""}
+    try:
+        return entry, update_source(op)
     except CompileError as error:
         return entry | _fallen(error), None
 

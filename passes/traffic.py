@@ -79,8 +79,9 @@ def leftovers(module: Module) -> dict[str, int]:
     for function in module.functions:
         if "kernel" not in function.attrs:
             for op in function.ops:
-                if _is_row(op):
-                    found[op.name] += _bytes(op, module.mesh)
+                alone = _op_traffic(op, module.mesh)
+                if alone.rows > alone.rows_in_kernels:
+                    found[op.name] += alone.rows
     return dict(found)
 
 
@@ -130,6 +131,9 @@ def _flops(op: Op) -> float:
 def _op_traffic(op: Op, mesh: Mesh | None) -> Traffic:
     size = _bytes(op, mesh)
     rows = size if _is_row(op) else 0
+    if op.name in OPS and OPS[op.name].family == "optimizer" and mesh is not None:
+        if mesh.device != "cpu":  # a kernel runs those of many parameters (`codegen/update.py`)
+            return Traffic(0, size, size, _flops(op), _flops(op), rows, rows, rows)
     return Traffic(moved=size, flops=_flops(op), rows=rows, rows_moved=rows)
 
 

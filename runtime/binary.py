@@ -45,7 +45,7 @@ _POINTERS = {
 }  # fmt: skip
 
 
-class Unfit(Exception):
+class Unfit(ValueError):
     """The binary cannot run here, or not on these operands; the message says why."""
 
 
@@ -199,13 +199,18 @@ class BinaryKernel:
                 return results
         return self._first(operands, None)
 
+    def run(self, *operands: Any) -> Sequence[Tensor]:
+        """Run the host half, whatever it takes: updates take lists of tensors."""
+        with self._lock:
+            return self._run(operands)
+
     def _first(self, operands: Sequence[Tensor], key: object) -> Sequence[Tensor]:
         """Run the host half, and note the launch under `key` where it is one that can be noted."""
         operands = [_fit(x, _device_of(operands)) for x in operands]
         with self._lock:
             try:
                 results = self._run(operands)
-            except (Unfit, ValueError):  # a view whose strides are not what the binary was made for
+            except ValueError:  # a view whose strides are not what the binary was made for
                 operands = [x.contiguous() for x in operands]
                 results = self._run(operands)
             if key is not None and (form := self._form(operands, results)) is not None:
@@ -215,7 +220,7 @@ class BinaryKernel:
                     self._forms[key] = form
         return results
 
-    def _run(self, operands: Sequence[Tensor]) -> Sequence[Tensor]:
+    def _run(self, operands: Sequence[Any]) -> Sequence[Tensor]:
         self._noted = []
         return self._launch(*operands)
 

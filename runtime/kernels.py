@@ -93,6 +93,9 @@ def _binary(
         log.warning("the binary of %s is not used: %s", entry["name"], error)
         return None
 
+    if entry["kind"] == "update":
+        return kernel.run  # its caller has another way
+
     def run(*operands: Tensor) -> Sequence[Tensor]:
         try:
             return kernel(*operands)

@@ -7,6 +7,7 @@ kernels, which read and write each tensor once.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -108,6 +109,25 @@ def update_key(op: Op) -> tuple[object, ...]:
     attrs = tuple(sorted((k, v) for k, v in op.attrs.items() if k != "inplace"))
     scalars = tuple(value.name for value in op.operands[-2:])
     return op.name, attrs, scalars, tuple(value.type.dtype for value in op.operands[:-2])
+
+
+def update_name(op: Op) -> str:
+    """The name of the kernel that runs updates like `op`, whatever their shapes."""
+    attrs = sorted((k, repr(v)) for k, v in op.attrs.items() if k != "inplace")
+    content = repr((op.name, attrs, [value.type.dtype for value in op.operands]))
+    return f"{op.name}_{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+
+
+def by_kernel(kernel: Callable[..., object], otherwise: Update) -> Update:
+    """An update by a compiled kernel; by another function where it does not take the tensors."""
+
+    def update(*columns: Any) -> None:
+        try:
+            kernel(*columns)
+        except ValueError:
+            otherwise(*columns)
+
+    return update
 
 
 def make_update(op: Op, context: OpContext) -> Update:

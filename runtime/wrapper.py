@@ -32,7 +32,7 @@ from .pairs import both_gradients, image_and_kernel, pairs
 from .reuse import into_operand, reusable
 from .sections import Run, Section, Text, cut
 from .segments import Segment
-from .updates import make_update, update_key
+from .updates import by_kernel, make_update, update_key, update_name
 
 #: Constants up to this many bytes are kept between steps; larger ones are cheap to fill and would
 #: hold memory all the time.
@@ -343,7 +343,9 @@ class Wrapper:
 
     def _update(self, group: Sequence[Op]) -> str:
         function = f"u{len(self.globals)}"
-        self.globals[function] = make_update(group[0], self._context(group[0]))
+        update = make_update(group[0], self._context(group[0]))
+        kernel = self.kernels.get(update_name(group[0]))
+        self.globals[function] = by_kernel(kernel, update) if kernel is not None else update
         columns = []
         for place in range(len(group[0].operands) - 2):
             columns.append("[" + ", ".join(self._name(op.operands[place]) for op in group) + "]")

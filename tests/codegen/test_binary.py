@@ -25,6 +25,7 @@ from weft.codegen.source import generate
 from weft.ir.builder import Builder
 from weft.ir.errors import RunError
 from weft.ir.module import Function, Module, Value
+from weft.ir.types import TensorType
 from weft.passes.fuse import fuse
 from weft.runtime.binary import Unfit, check_binary
 from weft.runtime.cubin import BadCubin, read_cubin
@@ -160,6 +161,28 @@ def test_a_binary_gets_the_arguments_that_triton_would(
     assert (tuple(last.block), last.shared) == ((entry["threads"], 1, 1), entry["shared_bytes"])
     assert last.stream == STREAM and last.function > 1000
     assert ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(fake, "function_name"))) == b"kernel"
+
+
+def test_updates_of_many_parameters_are_one_launch(
+    library: Path, fake: ctypes.CDLL, tmp_path: Path
+) -> None:
+    """Each line of the kernel's table: addresses, size, first element of a chunk."""
+    b = Builder()
+    operands = [b.param(TensorType("f32", (4, 4)), name) for name in "pg"]
+    operands += [b.param(TensorType("f64", ()), name) for name in ("step", "lr")]
+    module = Module("logical", (b.function("main", [b.one("sgd_update", operands)]),))
+    (entry,) = emit_kernels(module, tmp_path, "h100")["kernels"]
+    assert entry["kind"] == "update" and entry["spill_bytes"] == 0
+    expect(fake, entry)
+    kernel = loaded(tmp_path, library)
+    params, grads = ([torch.rand(n) for n in (70_000, 3, 0)] for _ in range(2))
+    number_of = torch.tensor(1.0, dtype=torch.float64)
+    assert kernel(params, grads, number_of, number_of) == ()
+    grid, values = launched(fake, entry)
+    assert grid == (3, 1, 1) and number(fake, "launches") == 1
+    table = (ctypes.c_int64 * 12).from_address(values[0])
+    where = [[x[i].data_ptr() for x in (params, grads)] for i in (0, 0, 1)]
+    assert list(table) == [*where[0], 70_000, 0, *where[1], 70_000, 1 << 16, *where[2], 3, 0]
 
 
 def test_results_and_pointers_follow_each_call(

@@ -21,17 +21,21 @@ from weft.runtime.kernels import load_kernels
 from weft.runtime.program import Program
 
 
-def scheduled(traced: TracedStep) -> Module:
-    """The plan of one rank, with optimizer updates as kernels too."""
+def scheduled(traced: TracedStep, optimizers: bool) -> Module:
+    """The plan of one rank, with optimizer updates in the kernels of their gradients or by themselves."""
     logical = Simplify().run(traced.module)
-    return Schedule().run(fuse(lower(apply(logical, Mesh(), Choices())), optimizers=True))
+    return Schedule().run(fuse(lower(apply(logical, Mesh(), Choices())), optimizers=optimizers))
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "resnet"])
-def test_a_train_step_with_kernels_equals_the_one_without(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "optimizers"), [("llama", True), ("bert", True), ("resnet", True), ("llama", False)]
+)
+def test_a_train_step_with_kernels_equals_the_one_without(
+    name: str, optimizers: bool, tmp_path: Path
+) -> None:
     model, inputs = build(name)
     traced = trace_module_train(model, (), inputs, optimizer="adamw")
-    plan = scheduled(traced)
+    plan = scheduled(traced, optimizers)
     manifest = emit_kernels(plan, tmp_path, "cpu")
     assert fallbacks(manifest) == [] and len(kernel_functions(plan)) >= 5
     kernels = load_kernels(tmp_path)
@@ -52,6 +56,7 @@ def test_a_train_step_with_kernels_equals_the_one_without(name: str, tmp_path: P
     for _ in range(2):
         results = [program.step(*batch, lr=1e-3) for program in (with_kernels, without)]
     assert all(calls.values())
+    assert any(key.startswith("adamw_update_") for key in calls) != optimizers
     for got_result, wanted_result in zip(*results, strict=True):
         assert torch.allclose(got_result, wanted_result, rtol=1e-4, atol=1e-5)
     wanted, got = without.state_dict(), with_kernels.state_dict()
