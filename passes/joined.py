@@ -174,7 +174,7 @@ def joined_cost(cost: StepCost, sizes: tuple[int, ...]) -> StepCost:
         limit, held, startup = buckets[key]
         if not is_small(size, limit) or size >= held:
             return alone
-        return alone - startup * (1 - size / held)
+        return max(alone - startup, 0.0) + startup * size / held  # a byte is less than _EMPTY
 
     return joined if sizes else cost
 

@@ -40,6 +40,12 @@ def test_a_few_small_members_bear_one_start_up_together() -> None:
     assert both == pytest.approx(10.0 + 1.0, rel=1e-3)
 
 
+def test_no_collective_is_better_than_free() -> None:
+    """Else paths of steps would grow without end."""
+    joined = joined_cost(line, (10**4,) * 1000)
+    assert all(joined(name, size, 2, "dp") > 0 for name in STARTUPS for size in (1, 2, 4, 100))
+
+
 def test_what_is_large_or_alone_pays_its_own_start_up() -> None:
     joined = joined_cost(line, (100,))
     for size in (100, 1e6):
