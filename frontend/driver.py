@@ -138,6 +138,7 @@ def plan_program(
             found = searched(logical(program), parsed, Wishes(), seconds)
     if found is not None:
         staged, mesh = found.staged, found.mesh
+        parsed = found.in_order(parsed)
     text = logical_passes(program.kind) if staged else options.pipeline
     text = text or default_pipeline(program.kind, cluster, mesh)
     passes = tuple(

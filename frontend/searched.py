@@ -59,23 +59,21 @@ class Searched:
         axes = self.result.best.layout.mesh.axes
         return ",".join(f"{name}={size}" for name, size in axes)
 
+    def in_order(self, cluster: Cluster) -> Cluster:
+        """The cluster with its groups as the stages stand on them."""
+        line = self.result.best.layout.line
+        return cluster.in_order(line) if line else cluster
+
     def dumps(self) -> list[tuple[str, Dump]]:
         """(what made it, dump) of each stage at each level, as `staging.staged_dumps`."""
         best = self.result.best
-        if best.layout.kinds:
-            raise CompileError(
-                "W0404", f"the best plan has {best.layout}",
-                reason="schedules are written for stages of equal devices",
-                hint="plan for one kind of device, or run what explain() says by other means",
-            )  # fmt: skip
-        share = best.layout.cluster
         found = self.result.realized or realize(
-            self.result.split, self.result.units, best.pipeline, share, self.constraints,
-            enough=ENOUGH,
+            self.result.split, self.result.units, best.pipeline, best.layout.clusters,
+            self.constraints, enough=ENOUGH,
         )  # fmt: skip
         return written(
             found.split, found.parts, found.pieces, found.placed, found.orders,
-            [share] * len(found.orders), schedules=found.schedules,
+            best.layout.clusters, schedules=found.schedules,
         )  # fmt: skip
 
     def explain(self) -> str:

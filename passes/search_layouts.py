@@ -17,6 +17,8 @@ class Layout:
         stages: their number, equal ones of a homogeneous cluster.
         mesh, cluster, ranks: of one stage; of the first one where they differ.
         kinds: what each stage has, where they differ.
+        shares: the devices of each stage, where they differ.
+        line: the order of the cluster's groups in which its devices are dealt out to such stages.
     """
 
     stages: int
@@ -24,6 +26,13 @@ class Layout:
     cluster: Cluster
     ranks: int
     kinds: tuple[str, ...] = ()
+    shares: tuple[Cluster, ...] = ()
+    line: tuple[int, ...] = ()
+
+    @property
+    def clusters(self) -> tuple[Cluster, ...]:
+        """The devices of each stage."""
+        return self.shares or (self.cluster,) * self.stages
 
     def __str__(self) -> str:
         if self.kinds:

@@ -9,7 +9,7 @@ devices differs from stage to stage. A placement is searched once for each group
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 from math import inf
 
@@ -22,7 +22,8 @@ from .search_costs import UnitCosts
 from .search_cuts import Block, Cutter
 from .search_evaluate import evaluate
 from .search_layouts import Layout, part_of
-from .search_result import SearchResult
+from .search_realize import realize, replayed
+from .search_result import Replay, SearchResult
 from .search_state import State
 from .search_units import units_of
 
@@ -96,7 +97,7 @@ def search_mixed(state: State) -> SearchResult:
     for share in shares:
         if state.over():
             break
-        part = part_of(state.cluster, share.own)
+        part = part_of(state.cluster.part(share.group), share.own)
         layout = Layout(most, share.mesh, part, share.own.ranks)
         placement = state.place(layout, first, inf)
         if placement is not None:
@@ -110,10 +111,20 @@ def search_mixed(state: State) -> SearchResult:
         raise state.nothing(len(placed) == len(shares))
     best = state.best
     split = time_split(state.programs.module, best.pipeline.micro)
+    units = units_of(split)
+    realized, final = None, best
+    if not state.over():
+        realized = realize(
+            split, units, best.pipeline, best.layout.clusters, state.wishes.constraints,
+            enough=state.enough,
+        )  # fmt: skip
+        step = replayed(realized, state.cluster.in_order(best.layout.line))
+        final = replace(best, replay=Replay.of(step))
+        bound = min(bound, step.step_us)
     return SearchResult(
-        best, split, units_of(split), tuple(state.rejected(best)), len(shares), 0, 0,
+        final, split, units, tuple(state.rejected(best)), len(shares), 0, 0,
         state.evaluated, min(bound, best.pipeline.step_us), state.seconds,
-        len(placed) == len(shares),
+        len(placed) == len(shares), realized,
     )  # fmt: skip
 
 
@@ -138,7 +149,7 @@ def _line(
     what is returned: a step has `micro` times its slowest stage."""
     blocks, clusters, shares = [], {}, {}
     for share, own in costs.items():
-        part = part_of(state.cluster, share.own)
+        part = part_of(state.cluster.part(share.group), share.own)
         for start in places_of(state.cluster, line, share):
             block = Block(start, start + share.own.ranks, own, state.room_bytes(part))
             blocks.append(block)
@@ -153,6 +164,7 @@ def _line(
         layout = Layout(
             len(used), used[0].mesh, own_clusters[cut.parts[0].block.start], used[0].own.ranks,
             tuple(str(share.own) for share in used),
+            tuple(own_clusters[part.block.start] for part in cut.parts), line,
         )  # fmt: skip
         for order in ("1f1b", "gpipe"):
             if state.wishes.order in ("", order):

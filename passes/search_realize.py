@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..costmodel.cluster import Cluster
@@ -62,7 +62,7 @@ def realize(
     split: TimeSplit,
     units: Units,
     pipeline: Pipeline,
-    cluster: Cluster,
+    cluster: Cluster | Sequence[Cluster],
     constraints: Constraints = Constraints(),
     *,
     enough: float = 0.0,
@@ -71,7 +71,7 @@ def realize(
     """Cut a program as a plan says and place each part; equal parts are placed once.
 
     Args:
-        cluster: of one stage.
+        cluster: of one stage, or of each where they differ.
         enough: relative gap at which the placement of a large part stops.
         source: the placement that the plan was evaluated with, which is carried over; without it
             each part is searched as what it is.
@@ -87,12 +87,17 @@ def realize(
         units = units_of(split)
     parts = parts_of(split, units, pipeline)
     pieces = cut(split, parts)
-    placer = _Placer(split, units, pipeline, cluster, constraints, enough, source)
+    count = len(pipeline.stages)
+    clusters = (cluster,) * count if isinstance(cluster, Cluster) else tuple(cluster)
+    placer = _Placer(split, units, pipeline, clusters, constraints, enough, source)
     found = [placer.placed(piece) for piece in pieces]
     placed, phases = tuple(module for module, _ in found), tuple(own for _, own in found)
-    orders = orders_of(pipeline.order, len(pipeline.stages), split.count, pipeline.chunks)
-    cost = collective_cost(cluster, placed[0].mesh or Mesh())
-    schedules = schedule_stages(split, parts, placed, orders, cost=cost, phases=phases)
+    orders = orders_of(pipeline.order, count, split.count, pipeline.chunks)
+    costs = [
+        collective_cost(clusters[part % count], module.mesh or Mesh())
+        for part, module in enumerate(placed)
+    ]
+    schedules = schedule_stages(split, parts, placed, orders, cost=costs, phases=phases)
     return Realized(split, parts, pieces, placed, phases, tuple(orders), schedules)
 
 
@@ -112,7 +117,7 @@ class _Placer:
     split: TimeSplit
     units: Units
     pipeline: Pipeline
-    cluster: Cluster
+    clusters: tuple[Cluster, ...]  #: of each stage
     constraints: Constraints
     enough: float
     source: Source | None
@@ -126,7 +131,8 @@ class _Placer:
             if choices is not None:
                 return apply_phased(piece.module, mesh, choices)
         # rules are about names, so names count where there are rules
-        key = (structure(piece, bool(self.constraints.rules)), mesh, self._room_bytes(piece))
+        names = bool(self.constraints.rules)
+        key = (structure(piece, names), mesh, self._cluster(piece), self._room_bytes(piece))
         if key in self.known:
             choices = _renamed(*self.known[key], piece)
             return apply_phased(piece.module, mesh, choices)
@@ -138,12 +144,14 @@ class _Placer:
     def _stage(self, piece: StageModule) -> Stage:
         return self.pipeline.stages[piece.stage % len(self.pipeline.stages)]
 
+    def _cluster(self, piece: StageModule) -> Cluster:
+        return self.clusters[piece.stage % len(self.clusters)]
+
     def _search(self, piece: StageModule, mesh: Mesh) -> PlacementResult:
-        device = replace(
-            self.cluster.device, memory_bytes=self._room_bytes(piece) / MEMORY_SHARE
-        )
+        cluster = self._cluster(piece)
+        device = replace(cluster.device, memory_bytes=self._room_bytes(piece) / MEMORY_SHARE)
         found = search_mesh(
-            piece.module, mesh, replace(self.cluster, device=device), limit_s=PLACE_S,
+            piece.module, mesh, replace(cluster, device=device), limit_s=PLACE_S,
             phases=piece.phases, micro=self.split.count,
             constraints=Constraints(self.constraints.rules), enough=self.enough,
         )  # fmt: skip

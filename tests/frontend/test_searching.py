@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import weft
+from weft.costmodel.cluster import parse_cluster
 from weft.frontend.options import OPTIONS
 from weft.frontend.search_text import unit_words
 from weft.frontend.searched import seconds_of
 from weft.frontend.searching import PlanSearch
+from weft.frontend.verify import verify_dumps
 
 CLUSTER = "2x1:a100"
 
@@ -119,3 +121,17 @@ def test_the_explanation_says_what_is_exposed_and_how_far_the_bound_is(found: Pl
     assert ("other stages" in rows["exposed"]) == (replay.bubble > 0)
     best, lower = found.result.best.pipeline.step_us, found.result.lower_bound_us
     assert f"takes {best / lower:.3g} times as long" in rows["bound"]
+
+
+def test_a_mixed_cluster_gives_a_plan_that_runs() -> None:
+    """Stages on groups of different devices, with meshes of their own; the groups in the best order."""
+    torch.manual_seed(0)
+    net, x = Net(), torch.randn(8, 512)
+    found = weft.search(net, (x, x), cluster="1x2:cpu+1x1:cpu", optimizer="sgd", micro=2, lr=0.1)
+    plan, best = found.plan(), found.result.best
+    assert [str(own) for own in best.layout.shares] == list(best.layout.kinds)
+    assert [mesh.size for mesh in plan.stage_ranks.meshes] == [own.ranks for own in best.layout.shares]
+    assert plan.cluster == parse_cluster("1x2:cpu+1x1:cpu").in_order(best.layout.line)
+    assert plan.simulation.step_us == pytest.approx(best.simulated_us)
+    checks = list(verify_dumps([(d.name, d.module) for d in plan.dumps], {**plan.weights, **plan.inputs}))
+    assert all(check.holds for check in checks) and checks[-1].against
