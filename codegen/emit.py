@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..costmodel.datasheet import find_datasheet
 from ..ir.errors import CompileError
 from ..ir.module import Function, Module, Op
 from ..passes.regions import OPTIMIZERS
@@ -18,6 +19,7 @@ from ..runtime.updates import update_name
 from .compile import Binary, available, compile_kernels
 from .contraction import contraction_of, contraction_source
 from .source import KernelSource, generate
+from .tune import candidates
 from .update import update_source
 
 MANIFEST = "manifest.json"
@@ -35,8 +37,9 @@ def kernel_functions(module: Module) -> list[Function]:
 
 
 def emit_kernels(
-    module: Module, out_dir: str | Path, device: str, *, cache: Path | None = None
-) -> dict[str, Any]:
+    module: Module, out_dir: str | Path, device: str, *, cache: Path | None = None,
+    tune: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Write `NAME.py` for each kernel of a module, `NAME.cubin` or `.hsaco` where the device has a
     target.
 
@@ -48,6 +51,8 @@ def emit_kernels(
         out_dir: the folder of kernels; made if it is not there.
         device: device kind, a key of `TARGETS`; kinds without an entry get sources alone.
         cache: folder of binaries made before.
+        tune: compile several configurations of each row kernel and take the one that `tune.py`
+            ranks first; the best few are in its entry, as `candidates`.
 
     Returns the manifest, which is also written, last, as `manifest.json`: `format`, `device`,
     `target` and `kernels`, a list of entries. Each file appears under its name only when complete.
@@ -56,6 +61,8 @@ def emit_kernels(
     folder.mkdir(parents=True, exist_ok=True)
     target = TARGETS.get(device, "")
     made = [_source(function, module, target) for function in kernel_functions(module)]
+    if tune and target.startswith("cuda") and available():
+        made = [_tuned(entry, source, module, device, cache) for entry, source in made]
     made += [_update(name, op) for name, op in updates_of(module).items()]
     sources = {source.name: source for _, source in made if source is not None}
     binaries: dict[str, Binary | CompileError] = {}
@@ -90,6 +97,20 @@ def _source(
         return entry, generate(function, module.mesh)
     except CompileError as error:
         return entry | _fallen(error), None
+
+
+def _tuned(
+    entry: dict[str, Any], source: KernelSource | None, module: Module, device: str,
+    cache: Path | None,
+) -> tuple[dict[str, Any], KernelSource | None]:  # fmt: skip
+    """A kernel in its best configuration."""
+    function = module.function(entry["function"])
+    if source is None or contraction_of(function) is not None:
+        return entry, source
+    found = candidates(function, module.mesh, TARGETS[device], find_datasheet(device), cache=cache)
+    if not found:
+        return entry, source
+    return entry | {"candidates": [c.described() for c in found]}, found[0].source
 
 
 def updates_of(module: Module) -> dict[str, Op]:

@@ -63,18 +63,20 @@ class KernelSource:
 
 
 def generate(
-    function: Function, mesh: Mesh | None = None, *, persistent: int = PERSISTENT
-) -> KernelSource:
+    function: Function, mesh: Mesh | None = None, *, persistent: int = PERSISTENT,
+    plan: Layout | None = None,
+) -> KernelSource:  # fmt: skip
     """The Triton source of a kernel function.
 
     Args:
         mesh: the mesh of its module; tells how long a split column is on one rank.
         persistent: longest row that is kept in registers instead of being read again.
+        plan: how it walks; by default what `layout` chooses.
 
     Raises CompileError W0901 where it cannot be generated.
     """
     kernel = build(function)
-    plan = layout(kernel, mesh, persistent)
+    plan = plan or layout(kernel, mesh, persistent)
     arguments = _arguments(kernel, plan)
     constants = {"BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n}
     if plan.kind == "flat":
