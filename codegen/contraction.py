@@ -14,7 +14,7 @@ from ..ir.module import Function, Op, Value
 from ..ir.opdef import full_attrs
 from ..ir.text import print_op
 from ..ir.types import Mesh, local_shape
-from ..passes.products import Orders, is_epilogue, orders
+from ..passes.products import Orders, is_epilogue, is_kernel, orders
 from ..passes.space import COLUMN, parameters
 from .attention import Attention, attention_source, default_attention_tile
 from .attention_body import mask_modifier
@@ -141,13 +141,8 @@ def _wrapped(
 def _attention(function: Function, op: Op, mesh: Mesh | None, target: str) -> KernelSource:
     attrs = full_attrs(op.name, op.attrs)
     q, k, v, *mask = op.operands
-    places = [p for value in (q, k) for p in value.type.placement or ()]
-    if attrs["dropout"] or len(function.ops) > 1:
-        raise _refused(function, "an attention kernel has no dropout, and no other ops")
-    if attrs["causal"] and any(p.kind == "S" and p.dim == 2 for p in places):
-        raise _refused(function, "causal attention over a part of the sequence")
-    if q.type.dtype not in ("bf16", "f16", "f32"):
-        raise _refused(function, f"attention of {q.type.dtype}")
+    if not is_kernel(op) or len(function.ops) > 1:
+        raise _refused(function, "dropout, a part of a causal sequence, or ops beside attention")
     modifier = None
     if mask:
         sizes = mask[0].type.shape
@@ -157,7 +152,7 @@ def _attention(function: Function, op: Op, mesh: Mesh | None, target: str) -> Ke
     assert isinstance(scale, (int, float))
     spec = Attention(
         str(function.attrs["kernel"]), "forward", q.type.dtype, heads, groups, queries, keys, d,
-        v.type.shape[3], causal=bool(attrs["causal"]), modifier=modifier, scale=float(scale),
+        _local(v, mesh)[3], causal=bool(attrs["causal"]), modifier=modifier, scale=float(scale),
         doc=_doc(function),
     )  # fmt: skip
     return attention_source(spec, default_attention_tile(spec, target))

@@ -30,8 +30,9 @@ class Fuse(Pass):
     `passes/regions.py`. Its ops keep their types and splits, so the module means the same. Equal
     regions share one function. Optimizer updates stay apart unless `optimizers` is set, because
     `schedule` makes them run in place and the executor runs those of many parameters at once.
-    Products and attention stay with the device's library unless `contractions` is set: then a product
-    takes the region behind it as its epilogue (`passes/products.py`), and attention is a kernel.
+    On a GPU attention is a kernel: composed of ATen ops, it would write all scores. Products stay with
+    the device's library unless `contractions` is set: then a product takes the region behind it as
+    its epilogue (`passes/products.py`), and attention is a kernel on any device.
     """
 
     optimizers: bool = False
@@ -53,7 +54,7 @@ def fuse(module: Module, *, optimizers: bool = False, contractions: bool = False
     functions = [
         function if "kernel" in function.attrs
         else _rewrite(function, library, Regions(function, optimizers=optimizers, alone=alone),
-                      contractions)
+                      contractions, contractions or alone)
         for function in module.functions
     ]  # fmt: skip
     return module.with_(functions=(*functions, *library.functions))
@@ -121,11 +122,13 @@ def _location(region: Region) -> Location:
 
 
 def _rewrite(
-    function: Function, library: _Library, found: Regions, contractions: bool
+    function: Function, library: _Library, found: Regions, products: bool, attention: bool
 ) -> Function:
     regions = found.find()
-    if contractions:
-        regions = join_products(function, regions, found.readers) + attentions(function)
+    if products:
+        regions = join_products(function, regions, found.readers)
+    if attention:
+        regions += attentions(function)
     if not regions:
         return function
     inside = {i for region in regions for i in region.members}

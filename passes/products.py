@@ -96,12 +96,21 @@ def join_products(
 
 
 def attentions(function: Function) -> list[Region]:
-    """Attention without dropout, each a region of its own."""
+    """The ops of attention that a kernel computes, each a region of its own."""
     nothing = Space((), None, {}, False)
     return [
-        Region((op,), (i,), op.results, nothing) for i, op in enumerate(function.ops)
-        if op.name == "attention" and not op.attrs.get("dropout")
-    ]  # fmt: skip
+        Region((op,), (i,), op.results, nothing)
+        for i, op in enumerate(function.ops)
+        if op.name == "attention" and is_kernel(op)
+    ]
 
 
-__all__ = ["Orders", "attentions", "is_epilogue", "join_products", "orders"]
+def is_kernel(op: Op) -> bool:
+    """Is there a kernel for an attention? It has no dropout, and knows no part of a causal sequence."""
+    q, k = op.operands[:2]
+    places = [place for value in (q, k) for place in value.type.placement or ()]
+    part = op.attrs.get("causal") and any(p.kind == "S" and p.dim == 2 for p in places)
+    return not op.attrs.get("dropout") and not part and q.type.dtype in ("bf16", "f16", "f32")
+
+
+__all__ = ["Orders", "attentions", "is_epilogue", "is_kernel", "join_products", "orders"]
