@@ -203,7 +203,8 @@ class _Writer(Bodies):
             """,
             dense=[f"{name} = dense({name})" for name in params], made=made, sizes=sizes, extra=extra,
             expand=[f"{t.name} = dense({t.name}.expand(q.shape[0], q.shape[1], "
-                    f"{'S' if t.rows else '1'}, {'T' if t.column else '1'}))" for t in tensors],
+                    f"{'S' if t.rows else '1'}, {'T' if t.column else '1'}))"
+                    + ("" if t.column else ".contiguous()") for t in tensors],
             call=Draft.call(values, constants, derived, grid),
             given=", ".join(given), results=", ".join(results), some=results[0],
         )  # fmt: skip

@@ -111,11 +111,14 @@ def test_attention_and_gradients_equal_the_reference(
     run_all(problem, expected, dtype, 0.3, shift or 0, causal=shift is not None)
 
 
-@pytest.mark.parametrize("kind", ["bool", "f32", "rows"])
+@pytest.mark.parametrize("kind", ["bool", "f32", "keys", "queries"])
 def test_masks_are_modifiers(kind: str) -> None:
     problem = Problem(2, 2, 1, 20, 35, 16, 16, "f32")
     generator = torch.Generator().manual_seed(3)
-    if kind == "rows":  # a bias of keys alone
+    if kind == "queries":  # a bias that only the log-sum-exp shows, its rows apart in memory
+        mask = torch.randn(20, 2, generator=generator).t().reshape(2, 1, 20, 1)
+        modifier = mask_modifier(graph, "f32", column=False)
+    elif kind == "keys":
         mask = torch.randn(2, 1, 1, 35, generator=generator)
         modifier = mask_modifier(graph, "f32", rows=False)
     elif kind == "f32":
