@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..ir.errors import CompileError
+from ..runtime.cubin import read_cubin
 
 #: cuobjdump answers in well under a second; a machine that does much else takes longer
 _TOOL_TIMEOUT_S = 200
@@ -17,6 +18,8 @@ _TOOL_TIMEOUT_S = 200
 _SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Za-z0-9_.]*)", re.M)
 _MATRIX = re.compile(r"(?:[HIQDB]G?MMA|UTC\w*MMA)\b")
 _ASYNC = ("LDGSTS", "UTMALDG", "UBLKCP")
+#: PTX that becomes one of these: mma, wmma, wgmma, tcgen05, cp.async (PTX ISA)
+_NOTABLE = re.compile(r"\b(?:w?g?mma|tcgen05|cp)\.")
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,12 @@ class Resources:
     async_copies: int = 0
 
 
-def resources(cubin: bytes, shared: int, folder: Path) -> Resources:
+def resources(cubin: bytes, shared: int, folder: Path, ptx: str | None = None) -> Resources:
     """Read a cubin with the `cuobjdump` that comes with Triton, through a file in `folder`.
+
+    Args:
+        ptx: what the cubin was made of. Where it has nothing that is looked for, the cubin is not
+            disassembled, which would take longer than all else.
 
     Raises CompileError W0901 without an answer.
     """
@@ -54,6 +61,8 @@ def resources(cubin: bytes, shared: int, folder: Path) -> Resources:
             hint="reinstall Triton: its wheel holds the tool",
         )  # fmt: skip
     registers, stack, local = map(int, match.groups())
+    if ptx is not None and not _NOTABLE.search(ptx):
+        return Resources(registers, stack + local, shared, read_cubin(cubin).instructions)
     mnemonics = Counter(_SASS.findall(_cuobjdump(path, "-sass")))
     copies = sum(n for name, n in mnemonics.items() if name.startswith(_ASYNC))
     return Resources(registers, stack + local, shared, mnemonics.total(),

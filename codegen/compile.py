@@ -278,8 +278,8 @@ def _binary(job: _Job, compiled: Any, folder: Path) -> Binary:
     except BadCubin as error:
         raise CompileError("W0901", "a kernel's binary cannot be read", reason=str(error),
                            hint="use a version of Triton that weft knows") from None  # fmt: skip
-    return Binary(cubin, info.entry, resources(cubin, shared, folder), info.parameters,
-                  info.threads, info.cuda, scratch)  # fmt: skip
+    return Binary(cubin, info.entry, resources(cubin, shared, folder, compiled.asm["ptx"]),
+                  info.parameters, info.threads, info.cuda, scratch)  # fmt: skip
 
 
 @contextmanager

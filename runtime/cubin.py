@@ -16,6 +16,8 @@ _SIZED = 4
 _REQNTID, _FRAME_SIZE, _MIN_STACK_SIZE, _KPARAM_INFO = 0x10, 0x11, 0x12, 0x17
 _REGCOUNT, _CUDA_API_VERSION = 0x2F, 0x37
 _INFO = ".nv.info."
+#: of sm_70 and up (CUDA binary utilities; Jia et al., Dissecting the Volta GPU, 2018)
+_INSTRUCTION_BYTES = 16
 
 
 class BadCubin(ValueError):
@@ -33,6 +35,7 @@ class CubinInfo:
         stack_bytes: local memory per thread; spilled registers among it.
         threads: per program; 0 where the binary leaves it open.
         cuda: version of the CUDA toolkit that made it, such as 12090 for 12.9.
+        instructions: of the kernel, those that fill up its last line included.
     """
 
     entry: str
@@ -41,6 +44,7 @@ class CubinInfo:
     stack_bytes: int
     threads: int
     cuda: int
+    instructions: int
 
 
 def read_cubin(content: bytes) -> CubinInfo:
@@ -68,7 +72,9 @@ def read_cubin(content: bytes) -> CubinInfo:
     if sorted(parameters) != list(range(len(parameters))):
         raise BadCubin("its arguments are not numbered from 0")
     layout = tuple(parameters[i] for i in range(len(parameters)))
-    return CubinInfo(name[len(_INFO):], layout, registers, stack, threads, cuda)
+    entry = name[len(_INFO):]
+    instructions = len(sections.get(f".text.{entry}", b"")) // _INSTRUCTION_BYTES
+    return CubinInfo(entry, layout, registers, stack, threads, cuda, instructions)
 
 
 def _sections(content: bytes) -> Iterator[tuple[str, bytes]]:
