@@ -6,7 +6,16 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from weft.frontend.api import trace_target
 from weft.frontend.driver import logical
@@ -74,10 +83,36 @@ def _towers() -> Module:
     return logical(trace_target(Target("towers", model, (a, b), {}), "adamw", {"lr": 1e-4}))
 
 
+def _mixtral() -> Module:
+    with torch.device("meta"):
+        model = MixtralForCausalLM(MixtralConfig(
+            vocab_size=32000, hidden_size=1024, intermediate_size=3584, num_hidden_layers=6,
+            num_attention_heads=16, num_key_value_heads=8, num_local_experts=8,
+            max_position_embeddings=1024, use_cache=False, attn_implementation="sdpa",
+        ))  # fmt: skip
+    return _text(model.to(torch.bfloat16), 32, 1024)
+
+
+def _t5() -> Module:
+    with torch.device("meta"):
+        model = T5ForConditionalGeneration(T5Config(
+            vocab_size=32128, d_model=1024, d_kv=64, d_ff=2816, num_layers=8, num_heads=16,
+            feed_forward_proj="gated-gelu", dropout_rate=0.0, use_cache=False,
+        ))  # fmt: skip
+    return _text(model.to(torch.bfloat16), 32, 512)
+
+
 #: name -> what makes its logical module
 MODELS: dict[str, Callable[[], Module]] = {
     "llama, 8 x 2048": lambda: _llama(8, 2048, 32000, 32, 1024),
     "llama, large vocabulary": lambda: _llama(4, 1024, 128256, 32, 1024),
     "gpt2 medium, 12 x 1024": _gpt2,
     "two towers": _towers,
+}
+WIDE: dict[str, Callable[[], Module]] = {
+    "llama, deep and thin": lambda: _llama(24, 768, 32000, 32, 1024, 12),
+    "llama, long sequences": lambda: _llama(6, 2048, 32000, 2, 16384),
+    "llama, wide": lambda: _llama(4, 4096, 32000, 16, 2048, 32),
+    "mixtral": _mixtral,
+    "t5": _t5,
 }

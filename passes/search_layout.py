@@ -30,6 +30,9 @@ _WRITTEN_PER_S = 150
 #: caps of the placed program's memory that are tried where nothing fits, as parts of what the
 #: devices of all stages have
 _CAPS = (0.5, 0.2)
+#: share of a budget after which less memory is not tried where there is a plan: it takes several
+#: placements
+_CAP_SHARE = 0.3
 
 
 def micros_of(state: State, layout: Layout) -> tuple[int, ...]:
@@ -86,7 +89,7 @@ class LayoutSearch:
         caps = [MEMORY_SHARE * devices] if layout.stages == 1 else [inf]
         caps += [devices * part for part in _CAPS] if layout.stages > 1 else []
         for number, cap in enumerate(caps):
-            if number and self._hopeless(before):
+            if number and (self._hopeless(before) or (state.found and state.over(_CAP_SHARE))):
                 break
             self._capped(cap)
         if len(state.found) == before and layout.stages == 1 and state.wishes.micro is None:

@@ -393,9 +393,10 @@ class _Writer:
                 self.wait(kind, message)
         when = When(PHASES.index(slot.phase))
         self.run(number, slot.micro, when)
-        self.add_up(number, slot.micro, when)
+        # other stages wait for what is sent, nothing waits for the sums (and their reductions)
         for message in timing.sends[self.stage].get(position, ()):
             self.send(message)
+        self.add_up(number, slot.micro, when)
         for transfer in self.part(number).stage.sends:
             if transfer.phase == slot.phase and stage_of(transfer.target, self.stages) == self.stage:
                 self.local(Message(transfer.value, number, transfer.target, slot.micro, slot, slot))
