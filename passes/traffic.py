@@ -141,7 +141,12 @@ def _kernel_traffic(call: Op, body: Function, mesh: Mesh | None) -> Traffic:
     size = _size(call.operands, mesh) + _size(call.results, mesh)
     rows = sum(_bytes(op, mesh) for op in body.ops)
     flops = sum(_flops(op) for op in body.ops)
-    return Traffic(1, size, size, flops, flops, rows, rows, size, 0)
+    # what a product or attention in the kernel reads is no traffic of rows
+    other = [v for op in body.ops if not (_is_row(op) or is_view(op)) for v in op.operands]
+    read = {value.name for value in other} & {value.name for value in body.params}
+    own = sum(_size([value], mesh) for value in body.params if value.name not in read)
+    moved = own + _size(body.results, mesh) if rows else 0
+    return Traffic(1, size, size, flops, flops, rows, rows, moved, 0)
 
 
 def _bounds(module: Module, function: Function) -> list[tuple[str, int]]:
