@@ -223,6 +223,17 @@ def _about(cluster: Cluster, path: Path) -> Cluster:
     return replace(cluster, device=calibrated(cluster.device, found))
 
 
+def about_all(text: str, path: str) -> str:
+    """A specification with a calibration for each of its groups of the kind that was measured."""
+    pieces = _GROUPS.split(text)
+    if len(pieces) > 1:
+        kind = read_calibration(Path(path)).kind
+        found = [f"{p}@{path}" if p.strip().lower().endswith(f":{kind}") else p for p in pieces]
+        if found != pieces:
+            return "+".join(found)
+    return f"{text}@{path}"
+
+
 def make_cluster(groups: tuple[Group, ...]) -> Cluster:
     """A cluster of known device kinds with the links that they come with. Raises CompileError."""
     if sum(group.ranks for group in groups) > _MOST_RANKS:

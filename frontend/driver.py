@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.status import Status
 from torch import Tensor
 
-from ..costmodel.cluster import parse_cluster
+from ..costmodel.cluster import about_all, parse_cluster
 from ..ir.module import Module
 from ..ir.verify import verify
 from ..passes.carry import Carry
@@ -124,7 +124,7 @@ def plan_program(
     Raises CompileError.
     """
     if options.calibration:
-        cluster = f"{cluster}@{options.calibration}"
+        cluster = about_all(cluster, options.calibration)
     parsed = parse_cluster(cluster)  # a typo is told before the work begins
     log.info(
         "%s: %d ops, %d parameters and inputs, %s", program.target, len(program.module.entry.ops),

@@ -18,7 +18,7 @@ from weft.costmodel.calibration import (
     to_text,
     write_calibration,
 )
-from weft.costmodel.cluster import parse_cluster
+from weft.costmodel.cluster import about_all, parse_cluster
 from weft.costmodel.datasheet import find_datasheet
 from weft.costmodel.estimate import sharing
 from weft.costmodel.kernel_fewshot import adapt
@@ -86,6 +86,16 @@ def test_a_file_reads_back_and_is_applied_to_a_cluster(tmp_path: Path) -> None:
     assert cluster.device.launch_us == 9.0 and cluster.device.cores == 2
     assert cluster.device.calibration is parse_cluster(f"1x4:cpu@{path}").device.calibration
     assert [p.name for p in path.parent.iterdir()] == ["here.json"]
+
+
+def test_a_calibration_is_about_the_groups_of_its_kind(tmp_path: Path) -> None:
+    path = tmp_path / "here.json"
+    write_calibration(measured(1.2, 8, "cpu"), path)
+    mixed = parse_cluster(about_all("1x4:cpu+1x2:h100+2x2:CPU", str(path)))
+    assert [h.device.calibration is not None for h in mixed.hardware] == [True, False, True]
+    assert about_all("1x4:cpu", str(path)) == f"1x4:cpu@{path}"
+    with pytest.raises(CompileError, match="measured on cpu"):
+        parse_cluster(about_all("1x4:h100+1x2:a100", str(path)))
 
 
 def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
