@@ -30,7 +30,7 @@ def test_kernels_pass_in_the_interpreter() -> None:
     """Runs the tests of `interpreted/` in a process of its own; see the conftest there."""
     environ = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(FOLDER)]
-    run = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     assert " passed" in run.stdout and "skipped" not in run.stdout
 

@@ -50,7 +50,7 @@ VARIANTS = {
 }
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.sampled_from(list(VARIANTS)), SIZES, SIZES, SIZES, st.sampled_from(["f32", "bf16"]),
        st.sampled_from(["mk", "km"]), st.sampled_from(["nk", "kn"]))  # fmt: skip
 def test_variants_equal_the_reference(
@@ -127,7 +127,7 @@ def test_an_epilogue_has_several_results() -> None:
     check(d, product * s * (1 + wide * (1 - s)), "f32")
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=4), st.booleans(), st.booleans(),
        st.sampled_from(["nk", "kn"]))  # fmt: skip
 def test_groups_meet_their_own_weights(
