@@ -289,11 +289,11 @@ def _norm_backward(b: _Builder, op: Op, shift: int) -> tuple[Node, ...]:
         hat = (x - mean[0] if mean else x) * b.node(rstd, shift)
         return dy, hat, dy * weight
 
-    (dy0, hat0, g0), (_, hat, g) = at(0), at(shift)
+    (_, hat0, g0), (dy, hat, g) = at(0), at(shift)
     dx = g - hat * (b.graph.sum(g0 * hat0, length) * (1.0 / length))
     if op.name == "layer_norm_backward":
         dx = dx - b.graph.sum(g0, length) * (1.0 / length)
-    sums = (dy0 * hat0, dy0)[: len(op.results) - 1]
+    sums = (dy * hat, dy)[: len(op.results) - 1]
     if b.space.row_sums:
         sums = tuple(b.graph.make("row_sum", (x,), x.dtype, rows=False, column=True) for x in sums)
     return (b.node(rstd, shift) * dx, *sums)
