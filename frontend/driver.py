@@ -22,6 +22,7 @@ from ..passes.pipeline import parse_pipeline
 from ..passes.place import Place
 from ..passes.random_place import RandomPlace
 from ..passes.search import Wishes
+from .garbage import heap_aside
 from .options import Options
 from .pass_table import ALL_PASSES
 from .plan import Plan
@@ -103,6 +104,7 @@ class Program:
     meta: Mapping[str, Any]
 
 
+@heap_aside()
 def plan_program(
     program: Program,
     cluster: str,

@@ -39,6 +39,7 @@ from .describe import (
     memory_by_role,
 )
 from .explain_text import explain_path, explain_plan
+from .garbage import heap_aside
 from .options import OPTIONS
 from .report import Dump, render_report
 
@@ -219,6 +220,7 @@ class Plan:
             raise last
         return "\n".join(found)
 
+    @heap_aside()
     def save(self, path: str | Path) -> None:
         """Write the artifact folder, all of it or nothing. Raises CompileError W1001."""
         with ArtifactWriter(path) as writer:

@@ -184,11 +184,9 @@ class _Lifted:
         for c in self.order:
             costs = self.belief(c)
             for p, port in enumerate(self.ports[c]):
-                table = self.moved(c, p, port.other)
-                other = found.get(port.other[0])
-                costs = costs + port.count * (
-                    table.min(axis=1) if other is None else table[:, other]
-                )
+                far, other = self.messages[port.other], found.get(port.other[0])
+                least = port.pull(far) if other is None else port.table.array[:, other] - far[other]
+                costs = costs + port.count * (least - self.messages[c, p])
             found[c] = int(np.argmin(costs))
         return self._polish(found)
 
