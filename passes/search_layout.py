@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from math import inf
 
@@ -12,7 +11,6 @@ import numpy as np
 
 from ..ir.errors import CompileError
 from .place import MEMORY_SHARE, PlacementResult
-from .place_task import Task
 from .search_cuts import Block, Cut, Cutter, Part
 from .search_evaluate import evaluate
 from .search_layouts import Layout
@@ -29,12 +27,12 @@ _MOST_SLOTS = 1024
 #: units times micro-batches that are written down in a second, verified and saved included: a
 #: schedule has the ops of each (Llamas of 80 and 126 layers; 6 ms each on one core)
 _WRITTEN_PER_S = 150
-#: caps of the placed program's memory, where nothing fits at any price, as parts of what the
+#: caps of the placed program's memory that are tried where nothing fits, as parts of what the
 #: devices of all stages have
 _CAPS = (0.5, 0.2)
-#: prices of memory at which the program of several stages is placed, over that at which all that it
-#: stores costs as much as the step takes at least
-_PRICES = (0.0, 0.1, 1.0)
+#: share of a budget after which less memory is not tried where there is a plan: it takes several
+#: placements
+_CAP_SHARE = 0.3
 
 
 def micros_of(state: State, layout: Layout) -> tuple[int, ...]:
@@ -87,34 +85,18 @@ class LayoutSearch:
         """Place, and add all plans to the state."""
         state, layout = self.state, self.layout
         before = len(state.found)
-        if layout.stages == 1:
-            self._evaluate(lambda micro: state.place(layout, micro, self._cap(MEMORY_SHARE)))
-            if len(state.found) == before and state.wishes.micro is None:
-                self._accumulate()
-            return
-        tasks: dict[int, Task] = {}
+        devices = layout.stages * layout.cluster.device.memory_bytes
+        caps = [MEMORY_SHARE * devices] if layout.stages == 1 else [inf]
+        caps += [devices * part for part in _CAPS] if layout.stages > 1 else []
+        for number, cap in enumerate(caps):
+            if number and (self._hopeless(before) or (state.found and state.over(_CAP_SHARE))):
+                break
+            self._capped(cap)
+        if len(state.found) == before and layout.stages == 1 and state.wishes.micro is None:
+            self._accumulate()
 
-        def at(share: float, micro: int) -> PlacementResult | None:
-            if micro not in tasks:
-                tasks[micro] = state.priced(layout, micro)
-            return tasks[micro].attempt(share * state.price_us(layout, micro))
-
-        for number, share in enumerate(_PRICES):
-            if number and self._hopeless(before):
-                return
-            self._evaluate(partial(at, share))
-        for part in _CAPS:
-            if len(state.found) > before or self._hopeless(before):
-                return
-            self._evaluate(partial(state.place, layout, cap_bytes=self._cap(part)))
-
-    def _cap(self, part: float) -> float:
-        """A part of what the devices of all stages have."""
-        return part * self.layout.stages * self.layout.cluster.device.memory_bytes
-
-    def _evaluate(self, place: Callable[[int], PlacementResult | None]) -> None:
-        """Place for one number of micro-batches, and evaluate the plans for all."""
-        placement = place(self.first)
+    def _capped(self, cap: float) -> None:
+        placement = self.state.place(self.layout, self.first, cap)
         if placement is None:
             return
         for micro in (self.first, *self.micros):
@@ -124,7 +106,7 @@ class LayoutSearch:
                 if error.code not in ("W0401", "W0402"):
                     raise
                 # too few rows for the splits of other micro-batches
-                own = place(micro)
+                own = self.state.place(self.layout, micro, cap)
                 if own is not None:
                     self._plans(own, micro)
 
@@ -141,7 +123,8 @@ class LayoutSearch:
         """One stage that does not fit: smaller micro-batches, until it does."""
         micro, state = 2, self.state
         while state.programs.can_split(micro) and not state.over():
-            placement = state.place(self.layout, micro, self._cap(MEMORY_SHARE))
+            cap = MEMORY_SHARE * self.layout.cluster.device.memory_bytes
+            placement = state.place(self.layout, micro, cap)
             if placement is not None and self._plans(placement, micro):
                 return
             micro *= 2

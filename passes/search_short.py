@@ -4,7 +4,7 @@ Equal consecutive calls are a chain: each takes the place of the one before it, 
 have the types of the next one's. Leaving one out, forward, backward and update together, gives a
 program of the same kind with one block less. The placement of the middle blocks of a long chain
 does not depend on its length, so the costs of the units that are left stand for those left out.
-What is taken is then placed and priced at full length (`search.py`).
+What is taken is carried over to the full length (`search_carry.py`).
 """
 
 from __future__ import annotations

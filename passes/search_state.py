@@ -12,8 +12,6 @@ from ..ir.errors import CompileError
 from .apply import Choices, apply_phased
 from .constraints import Constraints
 from .place import MEMORY_SHARE, PlacementResult, search_mesh
-from .place_model import Runs
-from .place_task import JOINT_AXES, Task
 from .search_costs import UnitCosts, unit_costs
 from .search_evaluate import Pipeline
 from .search_layouts import Layout
@@ -89,22 +87,6 @@ class State:
             phases=program.phases, micro=micro, constraints=Constraints(wanted.rules),
             enough=self.enough,
         )  # fmt: skip
-
-    def priced(self, layout: Layout, micro: int) -> Task:
-        """The search for placements of the short program at prices of memory, whatever they hold."""
-        program = self.programs.of(micro)
-        roomy = replace(layout.cluster, device=replace(layout.cluster.device, memory_bytes=inf))
-        left = max(0.5, _PLACE_SHARE * (self.budget_s - self.seconds))
-        self.placements += 1
-        return Task(
-            program.module, layout.mesh, roomy, min(_PLACE_S, left), JOINT_AXES,
-            Runs(program.phases, micro), Constraints(self.wishes.constraints.rules), self.enough,
-        )  # fmt: skip
-
-    def price_us(self, layout: Layout, micro: int) -> float:
-        """us per byte at which all that is stored would cost as much as the step takes at least."""
-        time_us = self.programs.bound_us(layout, (micro,)) * layout.stages
-        return time_us * layout.ranks / max(1.0, self.programs.stored_bytes())
 
     def costs(self, layout: Layout, placement: PlacementResult, micro: int) -> UnitCosts:
         """The costs of the units of the whole program under a placement of the short one.
