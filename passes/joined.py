@@ -7,12 +7,12 @@ price and lowering ask here, so that they agree; what is joined in the end is de
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
-from ..ir.module import Module, Op
+from ..ir.module import Module, Op, Value
 from ..ir.ops import OPS
 from ..ir.types import FLOATS
 from .reshard import StepCost
@@ -45,13 +45,16 @@ class Joins:
     """The values of an entry whose small collectives can be joined.
 
     Attributes:
-        names: parameters, which can be gathered ahead of the first op; gradients, which nothing reads
-            before all of them are there; what the updates make for the end of the step.
-        sizes: bytes of the parameters, whole: what there is to be joined.
+        sizes: of each such value the bytes of those that it can be joined with, whole: parameters,
+            which can be gathered ahead of the first op; gradients, which nothing reads before all
+            of them are there; what the updates make for the end of the step.
     """
 
-    names: frozenset[str] = frozenset()
-    sizes: tuple[int, ...] = ()
+    sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def cost(self, name: str, alone: StepCost) -> StepCost:
+        """What collectives of a value of the entry cost."""
+        return joined_cost(alone, self.sizes[name]) if name in self.sizes else alone
 
 
 def joins(module: Module) -> Joins:
@@ -69,17 +72,19 @@ def joins(module: Module) -> Joins:
     for index in reversed(range(len(ops))):
         read.update((origin.get(value.name, value.name), index) for value in ops[index].operands)
     lives = [
-        _Life(value.name, 0 if OPS[op.name].family == "pointwise" else value.type.numel,
+        _Life(value, 0 if OPS[op.name].family == "pointwise" else value.type.numel,
               index, read.get(value.name, index))
         for index, op in enumerate(ops) for value in op.results if value.type.dtype in FLOATS
     ]  # fmt: skip
     earliest = 1 + max((i for i, op in enumerate(ops) if kinds.heavy(op)), default=-1)
     latest = sum(op.name != "reshard" for op in first)
     border = _border(lives, min(earliest, latest), latest)
-    names = {value.name for value in weights}
-    names |= {life.name for life in lives if life.made < border <= life.read}
-    names |= {life.name for life in lives if border <= life.made and life.read == len(ops)}
-    return Joins(frozenset(names), tuple(sorted(value.type.bytes for value in weights)))
+    over = [life for life in lives if life.made < border <= life.read]
+    late = [life for life in lives if border <= life.made and life.read == len(ops)]
+    sizes: dict[str, tuple[int, ...]] = {}
+    for group in (weights, [life.value for life in over], [life.value for life in late]):
+        sizes.update(dict.fromkeys((v.name for v in group), tuple(sorted(v.type.bytes for v in group))))
+    return Joins(sizes)
 
 
 def updates_last(module: Module) -> tuple[Op, ...]:
@@ -131,7 +136,7 @@ class _Life(NamedTuple):
     """A value of the entry: the index of the op that makes it, of its first reader; its elements if
     it may be a gradient as the backward makes it, not one that has been cast or scaled since."""
 
-    name: str
+    value: Value
     numel: int
     made: int
     read: int
@@ -153,7 +158,7 @@ def joined_cost(cost: StepCost, sizes: tuple[int, ...]) -> StepCost:
     """The same costs, but a small collective bears only its share of the start-up of a bucket.
 
     Args:
-        sizes: `Joins.sizes`. Where they do not fill a bucket, the share is that of all of them.
+        sizes: bytes of all that may be joined. Where they do not fill a bucket, they share its start-up.
     """
     buckets: dict[tuple[str, int, str], tuple[float, float, float]] = {}
 

@@ -14,7 +14,6 @@ Log-sum-exp splits: see `passes/lower_lse.py`.
 
 from __future__ import annotations
 
-from collections.abc import Set
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,7 +22,7 @@ from ..costmodel.collectives import collective_cost
 from ..ir.module import Function, Module, Namer, Op, Value
 from ..ir.types import Mesh
 from .base import Pass
-from .joined import joined_cost, joins
+from .joined import Joins, joins
 from .lower_lse import FIXES, Fixer, lse_axes, placement_of
 from .reshard import Placements, StepCost, default_cost, plan_from
 
@@ -36,9 +35,7 @@ def lower(module: Module, cost: StepCost | None = None) -> Module:
     """
     mesh = module.mesh or Mesh()
     step_cost = cost or module_cost(module)
-    found = joins(module)
-    small = joined_cost(step_cost, found.sizes)
-    entry = _Lowering(module.entry, mesh, step_cost, small, found.names).run()
+    entry = _Lowering(module.entry, mesh, step_cost, joins(module)).run()
     rest = (_Lowering(function, mesh, step_cost).run() for function in module.functions[1:])
     return module.with_(level="spmd", functions=(entry, *rest))
 
@@ -73,18 +70,16 @@ class Lower(Pass):
 
 
 class _Lowering:
-    """Lowers one function; values of `names` are resharded at the cost `small`."""
+    """Lowers one function."""
 
     def __init__(
         self,
         function: Function,
         mesh: Mesh,
         cost: StepCost,
-        small: StepCost | None = None,
-        names: Set[str] = frozenset(),
+        joins: Joins = Joins(),
     ) -> None:
-        self.function, self.mesh, self.cost = function, mesh, cost
-        self.small, self.names = small or cost, names
+        self.function, self.mesh, self.cost, self.joins = function, mesh, cost, joins
         taken = [p.name for p in function.params]
         taken += [result.name for op in function.ops for result in op.results]
         self.namer = Namer(tuple(taken))
@@ -115,7 +110,7 @@ class _Lowering:
         root = self.origin.get(held.name, held.name)
         copies = self.copies.setdefault(root, {placement_of(held): held})
         target = placement_of(op.result)
-        cost = self.small if root in self.names else self.cost
+        cost = self.joins.cost(root, self.cost)
         start, steps, _ = plan_from(held.type, self.mesh, tuple(copies), target, cost)
         current = list(copies.values())[start]
         for number, step in enumerate(steps, start=1):

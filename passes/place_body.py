@@ -75,7 +75,7 @@ class Session:
     ) -> None:
         self.mesh, self.cluster, self.selection, self.near = mesh, cluster, selection, near
         self.joins = joins(module)
-        self.edges = Edges(mesh, cluster, self.joins.sizes)
+        self.edges = Edges(mesh, cluster)
         self.functions = {function.name: function for function in module.functions}
         self.seen: set[Rule] = set()  #: rules that are about something
         self._bodies: dict[object, Body] = {}
@@ -358,7 +358,7 @@ class Body:
         ends = [group[0].end for group in groups.values()]
         edge = self.session.edges.edge(
             value.type, end.options, [e.options for e in ends], own / shared,
-            self.entry and value.name in self.session.joins.names,
+            self.session.joins.cost(value.name, self.session.edges.cost) if self.entry else None,
         )  # fmt: skip
         if not edge.table.any():
             return

@@ -12,7 +12,6 @@ import numpy as np
 from ..costmodel.cluster import Cluster
 from ..costmodel.collectives import collective_cost
 from ..ir.types import B, Mesh, TensorType, local_bytes
-from .joined import joined_cost
 from .place_hub import Hub, make_hub
 from .place_network import FORBIDDEN, Array, Index
 from .place_states import State
@@ -85,11 +84,10 @@ class Edge:
 
 
 class Edges:
-    """All edges of a module on a mesh; `sizes` as in `joined.Joins`."""
+    """All edges of a module on a mesh."""
 
-    def __init__(self, mesh: Mesh, cluster: Cluster, sizes: tuple[int, ...] = ()) -> None:
+    def __init__(self, mesh: Mesh, cluster: Cluster) -> None:
         self.mesh, self.cost = mesh, collective_cost(cluster, mesh)
-        self.joined = joined_cost(self.cost, sizes)
         self._same: dict[tuple[Placements, ...], tuple[Placements, ...]] = {}
         self.whole = self.same(((B,) * len(mesh.axes),))
         self._columns: dict[tuple[int, str, int], tuple[Placements, ...]] = {}
@@ -115,18 +113,18 @@ class Edges:
         options: tuple[Placements, ...],
         needs: Sequence[tuple[Placements, ...]],
         again: float = 1.0,
-        joined: bool = False,
+        cost: StepCost | None = None,
     ) -> Edge:
         """The reshards from what a producer gives to what each reader needs.
 
         Args:
             options, needs: objects of `same` or `column`.
             again: how often a reader's own reshard runs for each time that a copy is made.
-            joined: whether its small collectives are joined with others.
+            cost: of collectives, where it is not the usual one.
         """
-        key = (type.dtype, type.shape, id(options), *map(id, needs), again, joined)
+        cost = cost or self.cost
+        key = (type.dtype, type.shape, id(options), *map(id, needs), again, cost)
         if key not in self._edges:
-            cost = self.joined if joined else self.cost
             self._edges[key] = self._new(type, options, needs, again, cost)
         return self._edges[key]
 

@@ -16,7 +16,7 @@ from ..ir.errors import CompileError
 from ..ir.module import Function, Module, Op
 from ..ir.types import Mesh, local_bytes
 from .apply import LOOP
-from .joined import joined_cost, joins
+from .joined import joins
 from .place_body import PERSISTENT
 from .reshard import StepCost, reshard_cost_us
 
@@ -112,14 +112,13 @@ class Pricer:
         self.module, self.mesh, self.cluster = module, mesh, cluster
         self.cost = collective_cost(cluster, mesh)
         self.joins = joins(module)
-        self.joined = joined_cost(self.cost, self.joins.sizes)
         self.table = {function.name: function for function in module.functions}
         self.known: dict[str, tuple[float, float]] = {}
 
     def op_us(self, op: Op) -> tuple[float, float]:
         """(compute, reshards) of one run of an op of the entry."""
-        small = op.name == "reshard" and op.operands[0].name in self.joins.names
-        return self._us(op, self.joined if small else self.cost)
+        moves = op.name == "reshard"
+        return self._us(op, self.joins.cost(op.operands[0].name, self.cost) if moves else self.cost)
 
     def _us(self, op: Op, cost: StepCost) -> tuple[float, float]:
         if op.name == "call":

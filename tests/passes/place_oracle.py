@@ -15,7 +15,7 @@ from weft.costmodel.cluster import Cluster
 from weft.costmodel.collectives import collective_cost
 from weft.ir.module import Function, Module, Op, Value
 from weft.ir.types import B, Mesh
-from weft.passes.joined import joined_cost, joins
+from weft.passes.joined import joins
 from weft.passes.place_states import State, states_of
 from weft.passes.reshard import Placements, legal_placements, reshard_cost_us
 
@@ -34,7 +34,6 @@ class Exhaustive:
     def __init__(self, module: Module, mesh: Mesh, cluster: Cluster, most: int = 100_000) -> None:
         self.entry, self.mesh, self.most = module.entry, mesh, most
         self.cost, self.joins = collective_cost(cluster, mesh), joins(module)
-        self.joined = joined_cost(self.cost, self.joins.sizes)
         self.whole = (B,) * len(mesh.axes)
         self.states = [
             sorted(states_of(op, mesh, cluster), key=lambda s: s.time_us) for op in self.entry.ops
@@ -68,7 +67,7 @@ class Exhaustive:
             return 0.0
         key = (name, source, target)
         if key not in self.known:
-            cost = self.joined if name in self.joins.names else self.cost
+            cost = self.joins.cost(name, self.cost)
             self.known[key] = reshard_cost_us(self.types[name], self.mesh, source, target, cost)
         return self.known[key]
 

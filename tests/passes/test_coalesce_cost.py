@@ -76,9 +76,9 @@ def test_gradients_are_joined_though_their_updates_stand_between_them() -> None:
     module = deep_step(4, 8, 8)
     found, makers = joins(module), module.entry.defs()
     gradients = {op.operands[1].name for op in module.entry.ops if op.name == "adamw_update"}
-    assert len(gradients) == 4 and gradients <= found.names
+    assert len(gradients) == 4 and gradients <= set(found.sizes)
     activations = {name for name, op in makers.items() if op.name == "tanh"}
-    assert not activations & found.names
+    assert not activations & set(found.sizes)
     assert [op.name for op in updates_last(module)][-4:] == ["adamw_update"] * 4
 
 
@@ -102,9 +102,20 @@ def clipped_step(width: int) -> Module:
 def test_gradients_that_are_clipped_are_joined_ahead_of_their_norm() -> None:
     module = clipped_step(8)
     gradients = [op.result.name for op in module.entry.ops if op.attrs.get("spec") == "b k, b n -> k n"]
-    assert set(gradients) <= joins(module).names
+    assert set(gradients) <= set(joins(module).sizes)
     squares = [op.result.name for op in module.entry.ops if op.name == "mul"][:2]
-    assert not set(squares) & joins(module).names
+    assert not set(squares) & set(joins(module).sizes)
+
+
+def test_an_activation_that_is_alone_is_not_cheaper() -> None:
+    """Small parameters are no company for what a forward pass moves."""
+    e = Entry()
+    x, w = e.b.param(f32(64, 512), "x", role="input", name="x"), e.weight("w", 512, 512)
+    bias = e.weight("bias", 512)
+    module = e.module(e.b.one("add", [ein(e.b, "b k, k n -> b n", x, w), bias]))
+    for op in module.entry.ops[:2]:
+        cost = joins(module).cost(op.result.name, line)
+        assert cost("all_reduce", 65536, 2, "dp") == line("all_reduce", 65536, 2, "dp")
 
 
 def called(module: Module) -> Module:

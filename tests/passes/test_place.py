@@ -22,13 +22,13 @@ from weft.ir.module import Module, Value
 from weft.ir.types import B, Mesh, S, TensorType
 from weft.ir.verify import verify
 from weft.passes.apply import Choices, FunctionChoices, apply
-from weft.passes.joined import joined_cost, joins
+from weft.passes.joined import joins
 from weft.passes.lower import lower
 from weft.passes.place import Place, PlacementResult, search, search_mesh
 from weft.passes.place_runs import executions
 from weft.passes.place_states import State, states_of
 from weft.passes.price import price
-from weft.passes.reshard import Placements, legal_placements, reshard_cost_us
+from weft.passes.reshard import Placements, StepCost, legal_placements, reshard_cost_us
 from weft.runtime.interpreter import evaluate
 
 CPU = parse_cluster("2x2:cpu")
@@ -44,7 +44,6 @@ class Enumeration:
     def __init__(self, module: Module, mesh: Mesh, cluster: Cluster) -> None:
         self.module, self.mesh = module, mesh
         self.cost, self.joins = collective_cost(cluster, mesh), joins(module)
-        self.joined = joined_cost(self.cost, self.joins.sizes)
         self.runs = executions(module)
         self.whole = (B,) * len(mesh.axes)
         self.ops = [(f, i) for f in module.functions for i, op in enumerate(f.ops)
@@ -113,8 +112,8 @@ class Enumeration:
             updated = {v.name for values in updates.values() for v in values}
             for name, wanted in needs.items():
                 if name in held and name not in updated:
-                    small = entry and name in self.joins.names
-                    one_run += self.reshards_us(types[name], held[name], wanted, small)
+                    cost = self.joins.cost(name, self.cost) if entry else self.cost
+                    one_run += self.reshards_us(types[name], held[name], wanted, cost)
             if entry:
                 for param in function.params:
                     one_run += self.parameter_us(param, needs, held, updates.get(param.name, []))
@@ -131,19 +130,18 @@ class Enumeration:
         best = float("inf")
         for own in legal_placements(param.type, self.mesh, ()):
             wanted = needs.get(param.name, set())
-            cost = self.reshards_us(param.type, own, wanted, param.name in self.joins.names)
+            cost = self.reshards_us(param.type, own, wanted, self.joins.cost(param.name, self.cost))
             for value in updates:
                 wanted = needs.get(value.name, set()) | {own}
-                small = value.name in self.joins.names
-                cost += self.reshards_us(value.type, held[value.name], wanted, small)
+                moving = self.joins.cost(value.name, self.cost)
+                cost += self.reshards_us(value.type, held[value.name], wanted, moving)
             best = min(best, cost)
         return best
 
     def reshards_us(
-        self, type: TensorType, held: Placements, wanted: set[Placements], small: bool
+        self, type: TensorType, held: Placements, wanted: set[Placements], cost: StepCost
     ) -> float:
-        """One reshard for each distinct placement that is asked for; `small` ones are joined."""
-        cost = self.joined if small else self.cost
+        """One reshard for each distinct placement that is asked for."""
         return sum(reshard_cost_us(type, self.mesh, held, p, cost) for p in wanted if p != held)
 
 
