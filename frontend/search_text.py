@@ -82,11 +82,10 @@ def _rejected(found: Found, best: Found, why: str) -> str:
 
 def _end(result: SearchResult) -> Rows:
     step_us = result.best.pipeline.step_us
-    placed = result.layouts - result.bounded - result.slow
     left = "" if result.complete else "; the budget ran out before all others were placed"
     slow = f", {result.slow} were far slower by an estimate" if result.slow else ""
     yield "searched", (
-        f"{result.evaluated} plans of {placed} layouts in {result.seconds:.3g} s; of all "
+        f"{result.evaluated} plans in {result.seconds:.3g} s; of "
         f"{result.layouts} layouts {result.bounded} could not win by their bound{slow}{left}"
     )
     lower = result.lower_bound_us
