@@ -83,7 +83,9 @@ def joins(module: Module) -> Joins:
     late = [life for life in lives if border <= life.made and life.read == len(ops)]
     sizes: dict[str, tuple[int, ...]] = {}
     for group in (weights, [life.value for life in over], [life.value for life in late]):
-        sizes.update(dict.fromkeys((v.name for v in group), tuple(sorted(v.type.bytes for v in group))))
+        company = weights if last else group  # in a step with updates a gradient for each of them
+        held = tuple(sorted(value.type.bytes for value in company))
+        sizes.update(dict.fromkeys((value.name for value in group), held))
     return Joins(sizes)
 
 
