@@ -122,13 +122,14 @@ def place_updates(function: Function, ops: Sequence[Op], kernels: Views) -> list
             for value in op.operands:
                 readers.update((root, index) for root in roots.get(value.name, ()))
     for index, op in enumerate(ops):
-        if op.results and op.results[0].name in late:
+        if op.results and op.results[0].name in late and op.name not in _MESSAGES:
             anchor = max((place.get(value.name, -1) for value in op.operands), default=-1)
             for root in _states(op, roots):
                 anchor = max(anchor, readers.get(root, -1))
             place.update((value.name, anchor) for value in op.results)
             keys.append((anchor, 1, index))
-        else:
+        else:  # messages stay in the order that both stages share
+            place.update((value.name, index) for value in op.results)
             keys.append((index, 0, index))
     return [ops[index] for index in sorted(range(len(ops)), key=keys.__getitem__)]
 
