@@ -277,13 +277,14 @@ class _Applier:
         made = self.made.get(value.name)
         if reader >= 0:
             phase = self.phases[reader]
+            in_loop = phase in LOOP
         else:
-            role = self.function.result_attrs[~reader].get("role")
-            late = role in ACCUMULATED or made is None
-            phase = "update" if late else self.phases[made or 0]
+            in_loop = self.function.result_attrs[~reader].get("role") not in ACCUMULATED
+            there = "before" if made is None else self.phases[made]
+            phase = there if in_loop else "update"
         if not self.repeated:
             return "", phase
-        if phase not in LOOP:
+        if not in_loop:
             return "late", phase
         if made is None:
             (own_attrs,) = (a for p, a in zip(
@@ -292,7 +293,9 @@ class _Applier:
             constant = not batched(own_attrs)
         else:
             constant = self.phases[made] not in LOOP
-        return ("loop", "before") if constant and not own else ("loop", phase)
+        if constant and not own and phase in LOOP:
+            return "loop", "before"
+        return "loop", phase
 
 
 __all__ = [

@@ -44,6 +44,16 @@ def test_an_artifact_holds_a_schedule_for_each_stage(plan: weft.Plan, tmp_path: 
     check({rank: schedules[rank // size].entry for rank in range(2 * size)}, plan.mesh)
 
 
+def test_a_tied_parameter_that_is_held_in_parts_is_gathered_once_for_both_stages() -> None:
+    """The other stage's copy and this stage's reader share it: search and price say the same."""
+    plan = planned(cluster="2x2:h100", stages=2, micro=2)
+    given = {**plan.weights, **plan.inputs}
+    assert all(check.holds for check in verify_dumps([(d.name, d.module) for d in plan.dumps], given))
+    readers = [op.name for op in plan.schedules[0].entry.ops
+               if "words.weight" in [value.name for value in op.operands]]  # fmt: skip
+    assert len([name for name in readers if name not in ("adamw_update", "free")]) == 1
+
+
 def test_all_stages_together_equal_the_program(plan: weft.Plan) -> None:
     given = {**plan.weights, **plan.inputs}
     checks = list(verify_dumps([(d.name, d.module) for d in plan.dumps], given))
