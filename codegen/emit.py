@@ -14,7 +14,7 @@ from ..costmodel.datasheet import find_datasheet
 from ..ir.errors import CompileError
 from ..ir.module import Function, Module, Op
 from ..passes.regions import OPTIMIZERS
-from ..runtime.kernels import FORMAT
+from ..runtime.kernel_manifest import FORMAT
 from ..runtime.updates import update_name
 from .compile import Binary, available, compile_kernels
 from .contraction import contraction_of, contraction_source

@@ -17,8 +17,7 @@ from ..ir.errors import RunError, WeftError
 from ..ir.module import Module, Op
 from ..passes.traffic import Traffic, leftovers, traffic_of
 from ..runtime.artifact import Artifact
-from ..runtime.executable import kernel_folder
-from ..runtime.kernels import kernel_manifest
+from ..runtime.kernel_manifest import kernel_folder, kernel_manifest
 from .describe import (
     collectives,
     diff,

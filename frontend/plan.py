@@ -27,7 +27,7 @@ from ..ir.stage_ranks import StageRanks
 from ..ir.text import print_module
 from ..ir.trace_events import trace_text
 from ..ir.types import Mesh, local_bytes
-from ..runtime.executable import kernel_folder
+from ..runtime.kernel_manifest import kernel_folder
 from ..runtime.stage_map import ranks_of
 from .artifact import ArtifactWriter
 from .axes import axis_words

@@ -17,6 +17,7 @@ from ..ir.errors import RunError
 from .artifact import Artifact
 from .checkpoint import Checkpoints
 from .comm import TIMEOUT_S, Comm
+from .kernel_manifest import kernel_folder
 from .kernels import load_kernels
 from .launch import init_from_env
 from .program import Program
@@ -117,11 +118,6 @@ class Executable:
         return self._exit.__exit__(kind, value, traceback)
 
 
-def kernel_folder(path: Path, stages: int, stage: int) -> Path:
-    """Where an artifact keeps the kernels of a stage."""
-    return path / "kernels" / f"stage{stage}" if stages > 1 else path / "kernels"
-
-
 def world_mismatch(path: Path, needed: int, present: int) -> RunError:
     """The diagnostic W0801 for an artifact started on the wrong number of ranks."""
     return RunError(
@@ -150,4 +146,4 @@ def load(
     )
 
 
-__all__ = ["Executable", "kernel_folder", "load", "world_mismatch"]
+__all__ = ["Executable", "load", "world_mismatch"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -22,12 +21,10 @@ from torch import Tensor
 from ..ir.errors import RunError
 from .binary import BinaryKernel, Unfit, current_stream
 from .device_driver import Driver, DriverError, system_driver
+from .kernel_manifest import kernel_manifest
 from .wrapper import Kernel
 
 log = logging.getLogger("weft.kernels")
-
-#: version of the layout of `manifest.json`
-FORMAT = 2
 
 
 def load_kernels(
@@ -64,21 +61,6 @@ def load_kernels(
         else:
             found[entry["name"]] = kernel
     return found
-
-
-def kernel_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder of kernels; one without kernels where there is none.
-
-    Raises RunError W0702 for a folder of another version.
-    """
-    path = folder / "manifest.json"
-    if not path.is_file():
-        return {"kernels": []}
-    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if manifest.get("format") != FORMAT:
-        raise RunError("W0702", f"{path} has format {manifest.get('format')}, this weft reads {FORMAT}",
-                       hint="compile the plan again")  # fmt: skip
-    return manifest
 
 
 def _binary(

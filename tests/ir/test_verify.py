@@ -61,6 +61,9 @@ func @main(%q: f32[2, 1, 4, 4]{S(0), B}, %k: f32[2, 1, 8, 4]{S(0), S(2)}, %x: f3
 }
 """  # noqa: E501
 
+#: to a stage of three ranks
+CROSSING = 'send(%r) {to = 1, tag = 0, mesh = "tp=3", placement = "S(0)'
+
 SCHEDULE = """\
 weft 1 schedule
 mesh [dp=2] "cpu"
@@ -149,6 +152,9 @@ CASES: list[tuple[str, str, str, str, str, str]] = [
     (SPMD, '%a = all_to_all(%g) {axis = "dp", source = 0, target = 1} : f32[8, 4]{S(1), B}',
      '%a = all_to_all(%g) {axis = "dp", source = 0, target = 0} : f32[8, 4]{S(0), B}',
      "collective", "W0203", "as its source and its target"),
+    (SPMD, "  return %p, %r", f"  %y = {CROSSING}\"}} : f32[8, 4]{{B, B}}\n  return %p, %r", "", "", ""),
+    (SPMD, "  return %p, %r", f"  %y = {CROSSING}, B\"}} : f32[8, 4]{{B, B}}\n  return %p, %r", "crossing",
+     "W0203", "cannot be at the other end"),
     (SPMD, "sub(%l, %L)", "sub(%L, %l)", "lse-terms", "W0203", "sub reads %l"),
     (SPMD, "sub(%l, %L)", "sub(%l, %l)", "lse-terms", "W0203", "one term per rank of tp"),
     (SPMD, "sub(%l, %L)", "sub(%L, %L)", "lse-terms", "W0203", "mul reads %o"),

@@ -23,6 +23,7 @@ from weft.ir.types import Mesh, TensorType
 from weft.runtime.comm import Comm
 from weft.runtime.executor import Executor, peak_bytes
 from weft.runtime.interpreter import evaluate
+from weft.runtime.kernel_manifest import FORMAT
 from weft.runtime.kernels import load_kernels
 from weft.runtime.sections import after_tangents
 from weft.runtime.trace import Trace, read_events
@@ -251,7 +252,7 @@ def test_kernels_are_loaded_from_files_that_match_their_manifest(tmp_path: Path)
     entry = {"name": "k0", "fallback": "", "source": "k0.py",
              "source_sha256": hashlib.sha256(text.encode()).hexdigest()}  # fmt: skip
     other = {"name": "k1", "fallback": "aten", "reason": "too large"}
-    (tmp_path / "manifest.json").write_text(json.dumps({"kernels": [entry, other]}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": FORMAT, "kernels": [entry, other]}))
     kernels = load_kernels(tmp_path)
     assert list(kernels) == ["k0"] and torch.equal(
         kernels["k0"](torch.ones(2))[0], torch.full((2,), 2.0)
