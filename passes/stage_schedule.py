@@ -8,15 +8,13 @@ body of a phase is fused once, collectives inside of a stage become asynchronous
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
 from ..ir.crossing import far_attrs
-from ..ir.module import Attr, Function, Module, Namer, Op, Value
-from ..ir.types import B, Mesh, P, Placement, TensorType
+from ..ir.module import Attr, Function, Module, Value
+from ..ir.types import Mesh
 from .micro import LOOP, PHASES, TimeSplit
-from .micro_shapes import at_row
 from .orders import FORWARD, Order, Slot
 from .reshard import StepCost
 from .schedule import Schedule
@@ -24,9 +22,8 @@ from .stage_bodies import Levels, Part, When, levels_of, make_parts
 from .stage_clock import Clock, Message, clock, stage_of
 from .stage_lower import lower_stages, phases_meant
 from .stage_packets import flat_type, joined, packets, parted
+from .stage_writer import End, Ends, Writer
 from .stages import StageModule, Transfer
-
-_JOIN = {"sum": "add", "max": "maximum", "min": "minimum"}
 
 
 def schedule_stages(
@@ -71,15 +68,15 @@ def schedule_stages(
         keys = [(rows, part) for rows in sizes for part in mine]
         parts, kernels = make_parts(table, [costs[part] for _, part in keys])
         table_of = dict(zip(keys, parts, strict=True))
-        writer = _Writer(split, number, len(orders), table_of, kernels, ends)
+        writer = _Scheduler(split, number, len(orders), table_of, kernels, ends)
         module = writer.write(order, timing, levels)
         out.append(Schedule(in_flight).run(module))
     return tuple(out)
 
 
-def _ends(lowered: Mapping[int, Sequence[tuple[StageModule, Module]]]) -> _Ends:
+def _ends(lowered: Mapping[int, Sequence[tuple[StageModule, Module]]]) -> Ends:
     """Both ends of every transfer, for each size of micro-batch."""
-    out: _Ends = {}
+    out: Ends = {}
     for rows, parts in lowered.items():
         for number, (_, module) in enumerate(parts):
             entry = module.entry
@@ -117,179 +114,16 @@ def _first_read(part: StageModule, transfer: Transfer) -> str:
     return FORWARD if FORWARD in phases else "backward"
 
 
-_End = tuple[Mesh, TensorType]
-#: (rows of a micro-batch, value, part that sends it, part that receives it) -> mesh and type there
-_Ends = dict[tuple[int, str, int, int], tuple[_End, _End]]
-
-
-@dataclass(frozen=True)
-class _Key:
-    """Where a value belongs: a part, and a micro-batch or -1."""
-
-    part: int
-    micro: int
-
-
-class _Writer:
-    """Writes the flat entry of one stage."""
+class _Scheduler(Writer):
+    """Writes the bodies of a stage in their order, with its transfers."""
 
     def __init__(
-        self,
-        split: TimeSplit,
-        stage: int,
-        stages: int,
-        parts: Mapping[tuple[int, int], Part],
-        kernels: Sequence[Function],
-        ends: _Ends,
-    ) -> None:
-        self.split, self.stage, self.stages, self.ends = split, stage, stages, ends
-        self.parts, self.kernels = parts, {f.name: f for f in kernels}
-        self.numbers = sorted({part for _, part in parts})
-        self.mesh = Mesh()
-        self.namer = Namer()
-        self.params: dict[str, tuple[Value, Mapping[str, Attr]]] = {}
-        self.ops: list[Op] = []
-        self.known: dict[_Key, dict[str, Value]] = {}
+        self, split: TimeSplit, stage: int, stages: int, parts: Mapping[tuple[int, int], Part],
+        kernels: Sequence[Function], ends: Ends,
+    ) -> None:  # fmt: skip
+        super().__init__(split, stage, stages, parts, kernels, ends)
         self.handles: dict[tuple[str, Message], Value] = {}
-        self.sums: dict[tuple[int, str], Value] = {}
         self.tags: dict[tuple[int, int], int] = {}
-
-    def part(self, number: int, micro: int = -1) -> Part:
-        """A part as it is for a micro-batch."""
-        rows = self.split.sizes[max(micro, 0)]
-        return self.parts[rows, number]
-
-    # -- values ---------------------------------------------------------------------------------
-
-    def get(self, part: int, micro: int, name: str) -> Value:
-        """A value of a part."""
-        for key in (_Key(part, micro), _Key(part, -1)):
-            found = self.known.get(key, {}).get(name)
-            if found is not None:
-                return found
-        return self._param(part, micro, name)
-
-    def put(self, part: int, micro: int, name: str, value: Value) -> None:
-        """Record a value of a part."""
-        self.known.setdefault(_Key(part, micro), {})[name] = value
-
-    def _param(self, number: int, micro: int, name: str) -> Value:
-        """An entry parameter of a part: of the stage once, or in parts for the micro-batches."""
-        part = self.part(number, micro)
-        position = [v.name for v in part.entry.params].index(name)
-        value, attrs = part.entry.params[position], dict(part.entry.param_attrs[position])
-        held = part.held[name]
-        key = name
-        if held.kind == "S":
-            total = self._total(name, held.dim)
-            start = total * self.split.start(micro) // self.split.batch
-            attrs["part"] = (held.dim, start, total)
-            key = f"{name}.m{micro}"
-        known = self.params.get(key)
-        while known is not None and known[0].type != value.type:
-            key += "_"  # another chunk holds a copy of it otherwise
-            known = self.params.get(key)
-        if known is None:
-            known = self.params[key] = Value(self.namer(key), value.type), attrs
-        self.put(number, micro if held.kind == "S" else -1, name, known[0])
-        return known[0]
-
-    def _total(self, name: str, dim: int) -> int:
-        entry = self.split.module.entry
-        return next(v.type.shape[dim] for v in entry.params if v.name == name)
-
-    # -- actions --------------------------------------------------------------------------------
-
-    def emit(
-        self, name: str, operands: Iterable[Value], type_of: Value, hint: str,
-        attrs: Mapping[str, Attr] | None = None, split: Mapping[str, str] | None = None,
-    ) -> Value:  # fmt: skip
-        """Append an op with one result of a value's type."""
-        result = Value(self.namer(hint), type_of.type)
-        self.ops.append(Op(name, tuple(operands), (result,), dict(attrs or {}), dict(split or {})))
-        return result
-
-    def run(self, number: int, micro: int, when: When) -> None:
-        """Splice the body of a phase of a part."""
-        part = self.part(number, micro)
-        body = part.bodies.get(when)
-        if body is None:
-            return
-        row = self.split.start(micro) if micro >= 0 else 0
-        move = at_row(row, self.split.batch)
-        inner = {v.name: self.get(number, micro, v.name) for v in body.params}
-        for op in body.ops:
-            results = tuple(Value(self.namer(v.name), v.type) for v in op.results)
-            operands = tuple(inner[v.name] for v in op.operands)
-            inner.update((old.name, new) for old, new in zip(op.results, results, strict=True))
-            op = op.with_(operands=operands, results=results)
-            self.ops.append(self._kernel(op, row) if op.name == "call" else move(op))
-        for name, value in zip(part.outputs[when], body.results, strict=True):
-            self.put(number, micro, name, inner[value.name])
-
-    def _kernel(self, op: Op, row: int) -> Op:
-        """A call of a kernel at a row of the batch."""
-        callee = self.kernels[str(op.attrs["callee"])]
-        move = at_row(row, self.split.batch)
-        ops = tuple(map(move, callee.ops))
-        if ops == callee.ops:
-            return op
-        name = f"{callee.name}_row{row}"
-        self.kernels[name] = callee.with_(name=name, ops=ops, attrs={**callee.attrs, "kernel": name})
-        return op.with_(attrs={**op.attrs, "callee": name})
-
-    def add_up(self, number: int, micro: int, when: When) -> None:
-        """Add a micro-batch's terms to the sums."""
-        part = self.part(number, micro)
-        for name in self._sums(part):
-            if name not in part.outputs.get(when, ()):
-                continue
-            whole = self.get(number, micro, name)
-            term = self._joinable(whole, part.held[name])
-            before = self.sums.get((number, name))
-            if before is not None:
-                term = self._added(before, term, part.held[name])
-            self.sums[number, name] = term
-            self.put(number, -1, name, self._rejoined(term, whole))
-
-    def _joinable(self, term: Value, held: Placement) -> Value:
-        """A term without what is partial in another way over an axis of the mesh: (B + B) is what
-        (max of ranks) + (max of ranks) means."""
-        for axis, placement in enumerate(term.type.placement or ()):
-            if placement.kind == "P" and not placement == held == P("sum"):
-                placements = list(term.type.placement or ())
-                placements[axis] = B
-                like = Value(term.name, term.type.placed(placements))
-                attrs = {"axis": self.mesh.names[axis], "combine": placement.combine}
-                term = self.emit("all_reduce", (term,), like, term.name, attrs)
-        return term
-
-    def _rejoined(self, total: Value, like: Value) -> Value:
-        """A sum placed as its terms were."""
-        for axis, placement in enumerate(like.type.placement or ()):
-            if (total.type.placement or ())[axis] != placement:
-                placements = list(total.type.placement or ())
-                placements[axis] = placement
-                one = Value(total.name, total.type.placed(placements))
-                attrs = {"axis": self.mesh.names[axis], "combine": placement.combine}
-                total = self.emit("partial", (total,), one, total.name, attrs)
-        return total
-
-    def _added(self, one: Value, two: Value, held: Placement) -> Value:
-        op = _JOIN[held.combine]
-        split: dict[str, str] = {}
-        for axis, placement in zip(self.mesh.names, one.type.placement or (), strict=True):
-            if placement.kind == "S":
-                split[axis] = f"a{placement.dim}"
-            elif placement.kind == "P" and op == "add":
-                split[axis] = "partial(0, 1)"
-        return self.emit(op, (one, two), one, one.name, split=split)
-
-    def _sums(self, part: Part) -> list[str]:
-        """What is added up: read in the update, sent in it, or a result of the step."""
-        late = [v.name for w, body in part.bodies.items() if w.name == "update" for v in body.params]
-        late += [value.name for value in part.entry.results]
-        return [name for name in dict.fromkeys(late) if part.held.get(name, B).kind == "P"]
 
     # -- transfers ------------------------------------------------------------------------------
 
@@ -300,7 +134,7 @@ class _Writer:
                 return result.name
         raise KeyError(value)
 
-    def end_types(self, message: Message) -> tuple[_End, _End]:
+    def end_types(self, message: Message) -> tuple[End, End]:
         """Mesh and type of a message where it is sent and where it is received."""
         rows = self.split.sizes[max(message.micro, 0)]
         return self.ends[rows, message.value, message.source, message.target]
@@ -365,7 +199,7 @@ class _Writer:
         for message in timing.waits[self.stage].get(len(order), ()):
             self.wait("send", message)
         self._once("update", levels)
-        results, result_attrs = self._results()
+        results, result_attrs = self.results()
         for number in self.numbers:  # what nothing reads is kept all the same
             part = self.part(number)
             for value, attrs in zip(part.entry.params, part.entry.param_attrs, strict=True):
@@ -491,42 +325,6 @@ class _Writer:
         self, name: str, operands: Sequence[Value], like: Value, attrs: dict[str, Attr]
     ) -> Value:
         return self.emit(name, operands, like, like.name, attrs)
-
-    def _results(self) -> tuple[list[Value], list[Mapping[str, Attr]]]:
-        results: list[Value] = []
-        attrs: list[Mapping[str, Attr]] = []
-        for number in self.numbers:
-            part = self.part(number)
-            for value, record in zip(part.entry.results, part.entry.result_attrs, strict=True):
-                if record["role"] == "sent":
-                    continue
-                held = part.held[value.name]
-                if held.kind == "S":
-                    self._parts_of(number, value.name, held.dim, record, results, attrs)
-                    continue
-                found = self.get(number, -1, value.name)
-                if "updates" in record:
-                    target = self.get(number, -1, str(record["updates"])).name
-                    if any(a.get("updates") == target for a in attrs):
-                        continue  # another chunk has updated its copy
-                    record = {**record, "updates": target}
-                results.append(found)
-                attrs.append(record)
-        return results, attrs
-
-    def _parts_of(
-        self, number: int, name: str, dim: int, record: Mapping[str, Attr],
-        results: list[Value], attrs: list[Mapping[str, Attr]],
-    ) -> None:  # fmt: skip
-        """A result in parts, one for each micro-batch."""
-        values = [self.get(number, k, name) for k in range(self.split.count)]
-        total = sum(value.type.shape[dim] for value in values)
-        start = 0
-        for value in values:
-            results.append(value)
-            attrs.append({**record, "part": (dim, start, total)})
-            start += value.type.shape[dim]
-
 
 def _channel_order(message: Message) -> tuple[int, int, str]:
     return message.source, message.target, message.value
