@@ -142,7 +142,7 @@ def _compile_all(jobs: Sequence[_Job], cache: Path | None) -> list[Binary | Comp
         )  # fmt: skip
         return [error for _ in jobs]
     distinct = {job.key(): job for job in jobs}
-    with TemporaryDirectory() as name, _settings(Path(name)):
+    with TemporaryDirectory() as name, _settings(Path(name)), _parsing_in_turn():
         with ThreadPoolExecutor(min(_MOST_THREADS, max(1, len(distinct)))) as pool:
             made = pool.map(lambda key: _cached(key, distinct[key], cache, Path(name)), distinct)
             found = dict(zip(distinct, made, strict=True))
@@ -296,6 +296,25 @@ def _settings(folder: Path) -> Iterator[None]:
                 os.environ.pop(key, None)
             else:
                 os.environ[key] = value
+
+
+@contextmanager
+def _parsing_in_turn() -> Iterator[None]:
+    """Kernels are parsed one at a time: CPython 3.11 counts how deep `ast.parse` is for all threads
+    together, and two at once can end in a SystemError (python/cpython#106905)."""
+    from triton.runtime.jit import JITFunction
+
+    original, turn = JITFunction.parse, threading.Lock()
+
+    def parse(function: Any) -> Any:
+        with turn:
+            return original(function)
+
+    JITFunction.parse = parse
+    try:
+        yield
+    finally:
+        JITFunction.parse = original
 
 
 def _load(text: str, folder: Path) -> ModuleType:
